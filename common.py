@@ -1,0 +1,1145 @@
+"""Plumbing that the four stages share: models, data, scorer, PCA, generation, controls, run directories.
+
+Nothing here learns anything; every idea of the ladder is in the stage files. Read `stage1_pca_adapter.py` first.
+
+Letters: N tokens, B batch, T padded length, L tokens of a prompt, V vocabulary, d LLM embedding width, k code width.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import re
+import string
+import subprocess
+import sys
+import time
+import urllib.request
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tiny import world
+
+HERE = Path(__file__).resolve().parent
+IGNORE = -100  # a label that is no target
+MAX_NEW_TOKENS = 32
+CHUNK_TOKENS = 256  # a .txt file is cut into windows of this many tokens
+
+# alias -> hub id, or the directory of an embedded reader
+MODELS = {
+    "tiny": "tiny/tiny-llama",
+    "tiny-llama": "tiny/tiny-llama",
+    "tiny-qwen": "tiny/tiny-qwen",
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
+# official SQuAD v1.1 files: name -> (address, bytes, sha256)
+SQUAD = {
+    "train-v1.1.json": (
+        "https://rajpurkar.github.io/SQuAD-explorer/dataset/train-v1.1.json",
+        30_288_272,
+        "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
+    ),
+    "dev-v1.1.json": (
+        "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v1.1.json",
+        4_854_279,
+        "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors and arguments: what the user can mend is one line on stderr and exit code 2
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what is wrong, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line (its own print the whole usage first)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def positive_int(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
+
+
+def seed_int(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 4294967295, not {text!r}")
+    return int(text)
+
+
+def add_arguments(parser: Parser, stage: str, steps: int, batch_size: int, lr: float) -> None:
+    """The flags that the four stages share, with the stage's defaults."""
+    parser.add_argument("--model", help="alias, hub id or local directory; default: tiny")
+    parser.add_argument("--data", help="tiny, squad, or a FILE (.json, .jsonl, .txt); default: tiny")
+    parser.add_argument("--out", help=f"run directory; default: out/{stage}")
+    parser.add_argument("--steps", type=positive_int, default=steps, help="optimiser steps (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=batch_size, help="rows per optimiser step (default: %(default)s)"
+    )
+    parser.add_argument("--micro-batch-size", type=positive_int, help="rows in memory at once; default: the batch size")
+    parser.add_argument("--lr", type=positive_float, default=lr, help="peak learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=seed_int, default=0, help="of everything random in training (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the LLM (default: %(default)s)"
+    )
+    parser.add_argument("--eval-examples", type=positive_int, default=1000, help="test rows (default: %(default)s)")
+    parser.add_argument("--eval-only", metavar="WIRE_DIR", help="evaluate a trained wire; its config names the model")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--smoke", action="store_true", help="everything, tiny: a few steps, 40 test rows")
+    parser.set_defaults(stage=stage)
+
+
+def finish_arguments(parser: Parser) -> argparse.Namespace:
+    """Parse, apply --smoke, and check what argparse cannot."""
+    args = parser.parse_args()
+    stage = vars(args).pop("stage")
+    if args.smoke:
+        args.steps, args.eval_examples = min(args.steps, 12), min(args.eval_examples, 40)
+    if args.out is None:
+        args.out = f"out/{stage}" + ("-smoke" if args.smoke else "") + ("-eval" if args.eval_only else "")
+    if args.micro_batch_size is None:
+        args.micro_batch_size = args.batch_size
+    if args.batch_size % args.micro_batch_size:
+        parser.error(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}")
+    if args.resume and args.eval_only:
+        parser.error("--resume continues a training run and --eval-only has none: drop one of them")
+    return args
+
+
+def settle_arguments(args: argparse.Namespace, defaults: dict, saved_config: dict | None) -> None:
+    """Fill in flags that were not given: from the trained wire if there is one, else from `defaults`.
+
+    A wire was trained for one model, code width and adapter: UserError if a flag asks for another. Other data may.
+    """
+    for key, default in defaults.items():
+        given = getattr(args, key)
+        if saved_config is None:
+            setattr(args, key, default if given is None else given)
+        elif given is None:
+            setattr(args, key, saved_config[key])
+        elif given != saved_config[key] and key != "data":
+            same_model = key == "model" and MODELS.get(given, given) == MODELS.get(saved_config[key], saved_config[key])
+            if not same_model:
+                flag = "--" + key.replace("_", "-")
+                raise UserError(
+                    f"{flag} {given}: the wire in {args.eval_only} was trained with {flag} {saved_config[key]}"
+                )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a stage's main(); a UserError, a full disk or lack of memory ends in one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or 'while reading or writing'}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not out_of_memory and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        print("error: out of memory: use a smaller --micro-batch-size (the result stays the same)", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# device, dtype, seed, versions
+
+
+def pick_device(name: str) -> tuple[torch.device, str]:
+    """(device, why). `auto` takes CUDA, else the CPU; MPS only when asked for, since it has been silently wrong."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"CUDA is available: {torch.cuda.get_device_name()}"
+        return torch.device("cpu"), f"no CUDA device; {torch.get_num_threads()} threads"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: this torch sees no CUDA device; use --device cpu or install a CUDA build of torch"
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
+    return torch.device(name), "asked for"
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(dtype of the LLM, why)."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name], "asked for"
+    if device.type == "cuda":
+        return torch.bfloat16, "CUDA: halves memory, and LLMs are trained in it"
+    return torch.float32, "exact and reproducible off CUDA"
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return found | {"numpy": np.__version__, "safetensors": safetensors.__version__}
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with "-dirty" if tracked files were changed; None outside git."""
+    try:
+        git = ["git", "-C", str(HERE)]
+        top = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=10)
+        if top.returncode:
+            return None
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        return top.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models
+
+
+@dataclass
+class Reader:
+    """A frozen causal LM and what the stages need to know of it."""
+
+    name: str  # as the user gave it
+    model: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    table: Tensor  # [V, d] float32: what the LLM takes as inputs_embeds for each token
+    context_tokens: int
+    fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end an answer (an instruct model may have several)."""
+        listed = self.model.generation_config.eos_token_id
+        listed = listed if isinstance(listed, list) else [listed]
+        return sorted({i for i in [*listed, self.tokenizer.eos_token_id] if i is not None})
+
+
+def find_model(name: str) -> Path:
+    """The local directory of an alias, a hub id (fetched into the hub's cache) or a directory.
+
+    Raises UserError for an unknown name, an unreachable or gated repository, and pickle-only weights.
+    """
+    known = ", ".join(MODELS)
+    target = MODELS.get(name, name)
+    if target.startswith("tiny/"):
+        return HERE / target
+    if Path(target).is_dir():
+        return Path(target)
+    if target.startswith((".", "/", "~")) or target.count("/") != 1 or Path(target).exists():
+        raise UserError(f"--model {name}: no such alias, hub id or directory; the aliases are {known}")
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
+
+    address = f"https://huggingface.co/{target}"
+    try:
+        wanted = [
+            "*.safetensors",
+            "*.safetensors.index.json",
+            "*.json",
+            "tokenizer*",
+            "*.model",
+            "merges.txt",
+            "*.jinja",
+        ]
+        return Path(snapshot_download(target, allow_patterns=wanted, ignore_patterns=["original/*", "*.pth", "*.bin"]))
+    except hub_errors.GatedRepoError:
+        raise UserError(
+            f"--model {name}: {address} is gated: ask for access there, then set HF_TOKEN, or give a local directory"
+        ) from None
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+        raise UserError(
+            f"--model {name}: {address} does not exist or is private (set HF_TOKEN); the aliases are {known}"
+        ) from None
+    except Exception as error:  # the hub's client raises its HTTP library's errors too, and that library has changed
+        raise UserError(
+            f"--model {name}: cannot reach {address} and it is not in the cache ({type(error).__name__}); "
+            "go online once, or give a local directory with config.json, *.safetensors and tokenizer.json"
+        ) from None
+
+
+def load_reader(name: str, device: torch.device, dtype: torch.dtype) -> Reader:
+    """Load and freeze a causal LM from safetensors; code from the hub is never run.
+
+    Raises UserError for a directory without config, weights or tokenizer, and for weights that do not load.
+    """
+    directory = find_model(name)
+    files = {path.name for path in directory.iterdir()}
+    if "config.json" not in files:
+        raise UserError(f"--model {name}: {directory} has no config.json; give a directory in the Hugging Face layout")
+    if not any(file.endswith(".safetensors") for file in files):
+        pickled = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
+        if pickled:
+            raise UserError(
+                f"--model {name}: {directory} has only pickled weights ({pickled[0]}), which can run code when loaded; "
+                "convert them with save_pretrained(safe_serialization=True)"
+            )
+        raise UserError(f"--model {name}: {directory} has no weights (*.safetensors)")
+    if not files & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+        raise UserError(f"--model {name}: {directory} has no tokenizer (tokenizer.json)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
+        )
+    except Exception as error:
+        line = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"--model {name}: {directory} does not load as a causal LM: {line}") from None
+    model.requires_grad_(False)
+    model.eval().to(device)
+    table = embedding_table(model)
+    context_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    return Reader(name, model, tokenizer, table, context_tokens, fingerprint(model, table), device, dtype)
+
+
+@torch.no_grad()
+def embedding_table(model: torch.nn.Module) -> Tensor:
+    """[V, d] float32: for every token id, what the model accepts as `inputs_embeds` in place of that id.
+
+    The embedding *module* is called, not its weight read: Gemma scales by sqrt(d) inside that module (so inputs_embeds
+    must be scaled), Granite scales behind it (so they must not be).
+    """
+    module = model.get_input_embeddings()
+    device = next(module.parameters()).device
+    ids = torch.arange(module.weight.shape[0], device=device)
+    return torch.cat([module(part).float() for part in ids.split(8192)])
+
+
+def fingerprint(model: torch.nn.Module, table: Tensor) -> str:
+    """16 hex digits that tell one LLM from another: embedding table, every norm and bias, and the architecture.
+
+    Hashed as bfloat16, so that a float32 and a bfloat16 load of the same weights agree.
+    """
+    digest = hashlib.sha256(f"{type(model).__name__} {tuple(table.shape)}".encode())
+    small = [p for _, p in sorted(model.named_parameters()) if p.ndim == 1]
+    for tensor in [table, *small]:
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_fingerprint(reader: Reader, saved_config: dict | None, wire: str | None) -> None:
+    """Raises UserError if a trained wire belongs to an LLM other than this one."""
+    if saved_config is not None and saved_config["fingerprint"] != reader.fingerprint:
+        raise UserError(
+            f"{wire} was trained for another LLM: fingerprint {saved_config['fingerprint']}, {reader.name} has "
+            f"{reader.fingerprint}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: rows {"context", "question", "answers"} for a reader, {"ids"} windows of a text for a plain language model
+
+
+@dataclass
+class Data:
+    """Questions about passages (kind "qa") or windows of plain text (kind "text"); disjoint splits."""
+
+    name: str
+    kind: str
+    train: list[dict] | None  # None: unlimited, made on the fly by world.py
+    validation: list[dict]
+    test: list[dict]
+
+    def train_rows(self, seed: int, start: int, count: int) -> list[dict]:
+        """Rows start .. start+count-1 of the endless training stream of this seed (a reshuffle at every epoch).
+
+        A function of (seed, position) alone, so that a resumed run reads on where it stopped.
+        """
+        if self.train is None:
+            return [world.make_example("train", seed, i) for i in range(start, start + count)]
+        rows = []
+        for i in range(start, start + count):
+            epoch, offset = divmod(i, len(self.train))
+            rows.append(self.train[_epoch_order(seed, epoch, len(self.train))[offset]])
+        return rows
+
+
+_ORDERS: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    key = (seed, epoch, rows)
+    if key not in _ORDERS:
+        _ORDERS.clear()
+        _ORDERS[key] = np.random.default_rng([seed, epoch]).permutation(rows)
+    return _ORDERS[key]
+
+
+def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
+    """`tiny`, `squad` (fetched once, checked) or a FILE: SQuAD v1.1 JSON, JSONL rows, or .txt.
+
+    A single file is split by a hash of the passage (90% train, 10% test), so no passage is in both; a text is cut into
+    windows whose last fifth is the test set. At most `eval_examples` test rows, chosen by a fixed shuffle.
+    Raises UserError with file and line.
+    """
+    if name == "tiny":
+        return Data(
+            name, "qa", None, world.make_examples("validation", 100), world.make_examples("test", eval_examples)
+        )
+    if name == "squad":
+        train, test = (read_squad(path) for path in fetch_squad())
+        return _qa_data(name, train, test, eval_examples)
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"--data {name}: no such file; give tiny, squad, or a .json, .jsonl or .txt file")
+    if path.stat().st_size == 0:
+        raise UserError(f"--data {name}: the file is empty")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {name}: not UTF-8 (byte {error.start}); convert it first, e.g. with iconv") from None
+    if path.suffix == ".txt":
+        return _text_data(name, text, reader, eval_examples)
+    rows = read_jsonl(path, text) if path.suffix == ".jsonl" else read_squad(path, text)
+    in_test = [hashlib.sha256(row["context"].encode()).digest()[0] < 26 for row in rows]
+    test = [row for row, chosen in zip(rows, in_test, strict=True) if chosen]
+    train = [row for row, chosen in zip(rows, in_test, strict=True) if not chosen]
+    if not train or not test:
+        raise UserError(f"--data {name}: {len(rows)} rows are too few passages to split into training and test")
+    return _qa_data(name, train, test, eval_examples)
+
+
+def _qa_data(name: str, train: list[dict], test: list[dict], eval_examples: int) -> Data:
+    order = np.random.default_rng(0).permutation(len(test))[:eval_examples]
+    passages = sorted({row["context"] for row in train}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    held_out = set(passages[: max(1, len(passages) // 50)]) if len(passages) > 1 else set()
+    validation = [row for row in train if row["context"] in held_out][:100]
+    rest = [row for row in train if row["context"] not in held_out]
+    return Data(name, "qa", rest or train, validation or train[:100], [test[i] for i in order])
+
+
+def _text_data(name: str, text: str, reader: Reader, eval_examples: int) -> Data:
+    if not text.strip():
+        raise UserError(f"--data {name}: the file is empty")
+    start = [] if reader.tokenizer.bos_token_id is None else [reader.tokenizer.bos_token_id]
+    ids = reader.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    room = min(CHUNK_TOKENS, reader.context_tokens) - len(start)
+    rows = [{"ids": start + ids[at : at + room]} for at in range(0, len(ids), room)]
+    rows = [row for row in rows if len(row["ids"]) > len(start) + 1]
+    if len(rows) < 5:
+        raise UserError(f"--data {name}: only {len(ids)} tokens; a text needs at least {5 * room} to train and test on")
+    first_test = len(rows) - max(1, len(rows) // 5)
+    first_validation = first_test - max(1, len(rows) // 20)
+    return Data(
+        name,
+        "text",
+        rows[:first_validation],
+        rows[first_validation:first_test][:100],
+        rows[first_test:][:eval_examples],
+    )
+
+
+def read_squad(path: Path, text: str | None = None) -> list[dict]:
+    """Rows of a SQuAD v1.1 JSON file. Raises UserError if it is malformed or has no answered question."""
+    text = path.read_text(encoding="utf-8") if text is None else text
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--data {path}: line {error.lineno}: not JSON ({error.msg})") from None
+    rows = []
+    try:
+        for article in parsed["data"]:
+            for paragraph in article["paragraphs"]:
+                for qa in paragraph["qas"]:
+                    answers = [answer["text"] for answer in qa.get("answers", [])]
+                    if answers:
+                        row = {"context": paragraph["context"], "question": qa["question"], "answers": answers}
+                        if not all(isinstance(part, str) for part in [row["context"], row["question"], *answers]):
+                            raise TypeError
+                        rows.append(row)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"--data {path}: JSON, but not in the SQuAD v1.1 layout (data/paragraphs/qas/answers)"
+        ) from None
+    if not rows:
+        raise UserError(f"--data {path}: no question has an answer, so there is nothing to score against")
+    return rows
+
+
+def read_jsonl(path: Path, text: str) -> list[dict]:
+    """Rows {"context", "question", "answers": [...]}, one JSON object a line. Raises UserError with file and line."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--data {path}: line {number}: not JSON ({error.msg})") from None
+        good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("context", "question"))
+        answers = row.get("answers") if good else None
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise UserError(
+                f'--data {path}: line {number}: want {{"context": str, "question": str, "answers": [str, ...]}}'
+            )
+        rows.append({"context": row["context"], "question": row["question"], "answers": answers})
+    if not rows:
+        raise UserError(f"--data {path}: the file is empty")
+    return rows
+
+
+def fetch_squad() -> list[Path]:
+    """Paths of the official train and dev files: fetched once into the user's cache, checked by size and sha256."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentwire"
+    paths = []
+    for name, (address, size, sha256) in SQUAD.items():
+        path = cache / name
+        if not path.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            print(f"fetching {address} ({size / 1e6:.0f} MB)", flush=True)
+            try:
+                with urllib.request.urlopen(address, timeout=60) as reply:
+                    payload = reply.read(size + 1)
+            except OSError as error:
+                raise UserError(
+                    f"--data squad: cannot fetch {address} ({getattr(error, 'reason', error)}); go online once, put the "
+                    f"file at {path}, or give a SQuAD JSON file with --data FILE"
+                ) from None
+            if len(payload) != size or hashlib.sha256(payload).hexdigest() != sha256:
+                raise UserError(
+                    f"--data squad: {address} is not the official file (size or sha256 differ); nothing was kept"
+                )
+            write_atomically(path, payload)
+        elif path.stat().st_size != size or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise UserError(
+                f"--data squad: {path} is not the official file (size or sha256 differ); delete it and run again"
+            )
+        paths.append(path)
+    return paths
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts and batches
+
+PROMPT = "{context}\nQuestion: {question}\nAnswer:"
+INSTRUCTION = "Answer the question with a short phrase copied from the text, and nothing else."
+
+
+def prompt_text(reader: Reader, context: str, question: str) -> str:
+    """The prompt as text: the model's chat template where it has one, else passage, question and "Answer:"."""
+    plain = PROMPT.format(context=context, question=question)
+    if not reader.tokenizer.chat_template:
+        return plain
+    chat = [{"role": "user", "content": f"{INSTRUCTION}\n\n{plain.removesuffix(chr(10) + 'Answer:')}"}]
+    return reader.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
+def tokenize(reader: Reader, prompt: str) -> list[int]:
+    """Ids of a prompt, with the start token that the model expects (a chat template writes its own)."""
+    return reader.tokenizer(prompt, add_special_tokens=not reader.tokenizer.chat_template, verbose=False)["input_ids"]
+
+
+@dataclass
+class Prompt:
+    text: str
+    ids: list[int]  # L
+    truncated: bool
+
+
+def make_prompt(reader: Reader, context: str, question: str, max_tokens: int | None = None) -> Prompt:
+    """Prompt of at most max_tokens tokens (default: the model's context less the answer).
+
+    Only the context is ever cut, from its end. Raises UserError if the question alone does not fit.
+    """
+    limit = reader.context_tokens - MAX_NEW_TOKENS if max_tokens is None else max_tokens
+    text = prompt_text(reader, context, question)
+    ids = tokenize(reader, text)
+    if len(ids) <= limit:
+        return Prompt(text, ids, False)
+    low, high = 0, len(context)  # the longest prefix of the context that fits, by bisection over characters
+    if len(tokenize(reader, prompt_text(reader, "", question))) > limit:
+        raise UserError(f"a question of {len(question)} characters does not fit into {limit} tokens: {question[:60]!r}")
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = len(tokenize(reader, prompt_text(reader, context[:middle], question))) <= limit
+        low, high = (middle, high) if fits else (low, middle - 1)
+    text = prompt_text(reader, context[:low], question)
+    return Prompt(text, tokenize(reader, text), True)
+
+
+def answer_ids(reader: Reader, prompt: Prompt, answer: str) -> list[int]:
+    """Ids of the answer as it continues this prompt, and EOS. Never a second start token."""
+    glue = "" if reader.tokenizer.chat_template else " "
+    joint = tokenize(reader, prompt.text + glue + answer)
+    if joint[: len(prompt.ids)] == prompt.ids:
+        ids = joint[len(prompt.ids) :]
+    else:  # the tokenizer merges across the joint
+        ids = reader.tokenizer(glue + answer, add_special_tokens=False)["input_ids"]
+    return ids + ([] if reader.tokenizer.eos_token_id is None else [reader.tokenizer.eos_token_id])
+
+
+@dataclass
+class Batch:
+    """Sequences for teacher forcing, padded on the right so that positions have no gaps."""
+
+    ids: Tensor  # [B, T]
+    attention: Tensor  # [B, T] 1 on real tokens
+    sent: Tensor  # [B, T] bool: the tokens that travel as a message (the prompt); the rest is the answer
+    labels: Tensor  # [B, T] the next token where it counts (answer and EOS, or a whole text), else IGNORE
+
+
+def make_batch(reader: Reader, rows: list[dict]) -> Batch:
+    """Teacher-forcing batch of data rows: prompt + first answer + EOS, or a window of text."""
+    sequences = []
+    for row in rows:
+        if "ids" in row:
+            sequences.append((row["ids"], len(row["ids"]), 1))
+        else:
+            room = reader.context_tokens - MAX_NEW_TOKENS
+            prompt = make_prompt(reader, row["context"], row["question"], room)
+            answer = answer_ids(reader, prompt, row["answers"][0])[:MAX_NEW_TOKENS]
+            sequences.append((prompt.ids + answer, len(prompt.ids), len(prompt.ids)))
+    width = max(len(ids) for ids, _, _ in sequences)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    attention, sent, labels = (
+        torch.zeros_like(ids),
+        torch.zeros_like(ids, dtype=torch.bool),
+        torch.full_like(ids, IGNORE),
+    )
+    for i, (row, sent_tokens, first_target) in enumerate(sequences):
+        row = torch.tensor(row)
+        ids[i, : len(row)], attention[i, : len(row)], sent[i, :sent_tokens] = row, 1, True
+        labels[i, first_target - 1 : len(row) - 1] = row[first_target:]
+    return Batch(*(tensor.to(reader.device) for tensor in (ids, attention, sent, labels)))
+
+
+def answer_logits(reader: Reader, batch: Batch, embeddings: Tensor) -> Tensor:
+    """Logits [targets, V] in float32 at the labelled positions of a batch, from inputs_embeds [B, T, d].
+
+    Only columns with a label meet the output matrix: at V = 128k the others would be most of the memory.
+    """
+    labelled = batch.labels != IGNORE  # [B, T]
+    columns = labelled.any(0).nonzero()[:, 0]
+    logits = reader.model(
+        inputs_embeds=embeddings.to(reader.dtype),
+        attention_mask=batch.attention,
+        use_cache=False,
+        logits_to_keep=columns,
+    ).logits  # [B, columns, V]
+    return logits[labelled[:, columns]].float()
+
+
+@torch.inference_mode()
+def generate(reader: Reader, prompts: list[list[int]] | list[Tensor], batch_size: int) -> list[str]:
+    """Greedy answers to prompts given as token ids, or as embeddings [L, d]; in the order of the prompts.
+
+    Padded on the left and masked, so that every prompt ends where its answer begins; transformers derives positions
+    from the mask, and returns only the new tokens when it is given inputs_embeds.
+    """
+    fill = reader.tokenizer.pad_token_id
+    fill = fill if fill is not None else (reader.eos_ids or [0])[0]
+    settings = GenerationConfig(
+        max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=fill, eos_token_id=reader.eos_ids or None
+    )
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together; the largest first
+    answers = [""] * len(prompts)
+    for at in range(0, len(order), batch_size):
+        chosen = order[at : at + batch_size]
+        width = max(len(prompts[i]) for i in chosen)
+        mask = torch.tensor(
+            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=reader.device
+        )
+        if isinstance(prompts[chosen[0]], Tensor):
+            padded = [F.pad(prompts[i].to(reader.device), (0, 0, width - len(prompts[i]), 0)) for i in chosen]
+            inputs = {"inputs_embeds": torch.stack(padded).to(reader.dtype)}  # [B, T, d]
+            skip = 0
+        else:
+            padded = [[fill] * (width - len(prompts[i])) + prompts[i] for i in chosen]
+            inputs = {"input_ids": torch.tensor(padded, device=reader.device)}  # [B, T]
+            skip = width
+        new = reader.model.generate(**inputs, attention_mask=mask, generation_config=settings)[:, skip:]
+        for i, ids in zip(chosen, new.tolist(), strict=True):
+            end = next((at for at, token in enumerate(ids) if token in reader.eos_ids), len(ids))
+            # a base model that does not stop goes on with the next question: its answer ends with the line
+            answers[i] = reader.tokenizer.decode(ids[:end], skip_special_tokens=True).strip().split("\n")[0].strip()
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SQuAD v1.1 scorer, as in the official evaluate-v1.1.py (Rajpurkar et al. 2016)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no ASCII punctuation, no articles, single spaces."""
+    text = "".join(character for character in text.lower() if character not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer: str, golds: list[str]) -> float:
+    """1.0 if the normalised answer equals any normalised gold, else 0.0."""
+    return float(any(normalize_answer(answer) == normalize_answer(gold) for gold in golds))
+
+
+def f1_score(answer: str, golds: list[str]) -> float:
+    """Best F1 over the golds of the bags of normalised words; 0.0 where nothing is shared, two empty bags included."""
+    best = 0.0
+    words = normalize_answer(answer).split()
+    for gold in golds:
+        gold_words = normalize_answer(gold).split()
+        shared = sum((Counter(words) & Counter(gold_words)).values())
+        if shared:
+            precision, recall = shared / len(words), shared / len(gold_words)
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return best
+
+
+def score(answers: list[str], rows: list[dict]) -> tuple[float, float]:
+    """(F1, EM) in percent."""
+    pairs = list(zip(answers, rows, strict=True))
+    f1 = 100 * sum(f1_score(answer, row["answers"]) for answer, row in pairs) / len(pairs)
+    return f1, 100 * sum(exact_match(answer, row["answers"]) for answer, row in pairs) / len(pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PCA of the frozen embeddings
+
+
+@dataclass
+class PCA:
+    mean: Tensor  # [d] float32
+    components: Tensor  # [d, k] float32, orthonormal columns, by falling variance
+    explained: float  # share of the variance that the k components hold
+
+
+def fit_pca(table: Tensor, counts: Tensor, k: int) -> PCA:
+    """Exact PCA of the embeddings of a corpus, from its token counts: one weighted pass over the table.
+
+    table: [V, d]; counts: [V] occurrences in the training split. Equal to PCA of the [corpus, d] matrix of all its
+    embeddings, but the cost is that of V rows. float64; the sign of a component makes its largest entry positive.
+    """
+    table, weights = table.double().cpu(), counts.double().cpu()
+    weights = weights / weights.sum()
+    mean = weights @ table  # [d]
+    centred = table - mean
+    covariance = (centred * weights[:, None]).T @ centred  # [d, d]
+    variances, vectors = torch.linalg.eigh(covariance)  # ascending
+    variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1)
+    largest = vectors.abs().argmax(0)
+    vectors = vectors * vectors.gather(0, largest[None]).sign()
+    explained = (variances[:k].sum() / variances.sum()).item()
+    return PCA(mean.float(), vectors[:, :k].float().contiguous(), explained)
+
+
+def token_counts(reader: Reader, data: Data, seed: int, passages: int = 2000) -> Tensor:
+    """[V] occurrences of each token in the prompts of the training split (in `passages` of them if unlimited)."""
+    rows = data.train if data.train is not None else data.train_rows(seed, 0, passages)
+    if data.kind == "text":
+        lists = [row["ids"] for row in rows]
+    else:
+        prompts = [prompt_text(reader, row["context"], row["question"]) for row in rows]
+        lists = reader.tokenizer(prompts, add_special_tokens=not reader.tokenizer.chat_template, verbose=False)[
+            "input_ids"
+        ]
+    flat = torch.tensor([token for ids in lists for token in ids])
+    return torch.bincount(flat, minlength=len(reader.table))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation: the score through the wire, and every control beside it
+
+RESULT_KEYS = (
+    "stage model data seed steps examples text_f1 text_em f1 em retention no_context_f1 shuffled_f1 truncated_f1 "
+    "nll_text nll_wire cosine wire_bytes text_bytes zlib_bytes packed_token_bytes positions text_positions unique_answers "
+    "train_seconds eval_seconds device dtype versions commit"
+).split()
+
+Send = Callable[[list[int]], bytes]  # token ids of a prompt -> message
+Receive = Callable[[bytes], Tensor]  # message -> [positions, d] embeddings
+
+
+@torch.inference_mode()
+def mean_nll(reader: Reader, rows: list[dict], batch_size: int, send: Send | None, receive: Receive | None) -> float:
+    """Mean NLL in nats per target token: from the real embeddings, or with the prompt through the wire."""
+    total, count = 0.0, 0
+    for at in range(0, len(rows), batch_size):
+        batch = make_batch(reader, rows[at : at + batch_size])
+        embeddings = reader.table[batch.ids]  # [B, T, d]
+        if send is not None:
+            for i in range(len(batch.ids)):
+                received = receive(send(batch.ids[i][batch.sent[i]].tolist()))  # [L, d]
+                embeddings[i, batch.sent[i]] = received
+        logits = answer_logits(reader, batch, embeddings)
+        labels = batch.labels[batch.labels != IGNORE]
+        total += F.cross_entropy(logits, labels, reduction="sum").item()
+        count += len(labels)
+    return total / count
+
+
+def byte_baselines(reader: Reader, texts: list[str], id_lists: list[list[int]]) -> dict[str, float]:
+    """Mean bytes per prompt of the text itself, of zlib -9, and of token ids packed at ceil(log2 V) bits."""
+    bits = math.ceil(math.log2(len(reader.table)))
+    raw = [text.encode() for text in texts]
+    return {
+        "text_bytes": sum(map(len, raw)) / len(raw),
+        "zlib_bytes": sum(len(zlib.compress(text, 9)) for text in raw) / len(raw),
+        "packed_token_bytes": sum(math.ceil(len(ids) * bits / 8) for ids in id_lists) / len(raw),
+    }
+
+
+@torch.inference_mode()
+def evaluate(reader: Reader, data: Data, batch_size: int, send: Send, receive: Receive) -> tuple[dict, list[dict]]:
+    """(metrics named as in RESULT_KEYS, one record per test row for samples.md).
+
+    Every prompt really becomes a message of bytes and is rebuilt from those bytes alone: wire_bytes is their length.
+    """
+    rows = data.test
+    if data.kind == "text":
+        id_lists = [row["ids"] for row in rows]
+        texts = [reader.tokenizer.decode(ids, skip_special_tokens=True) for ids in id_lists]
+    else:
+        prompts = [make_prompt(reader, row["context"], row["question"]) for row in rows]
+        id_lists, texts = [prompt.ids for prompt in prompts], [prompt.text for prompt in prompts]
+        cut = sum(prompt.truncated for prompt in prompts)
+        if cut:
+            print(
+                f"note: {cut} of {len(rows)} test passages exceed {reader.context_tokens} tokens: context cut at its end"
+            )
+    messages = [send(ids) for ids in id_lists]
+    received = [receive(message) for message in messages]  # [positions, d] each
+    metrics = dict.fromkeys(RESULT_KEYS)
+    metrics |= byte_baselines(reader, texts, id_lists)
+    metrics["examples"] = len(rows)
+    metrics["wire_bytes"] = sum(map(len, messages)) / len(rows)
+    metrics["positions"] = sum(map(len, received)) / len(rows)
+    metrics["text_positions"] = sum(map(len, id_lists)) / len(rows)
+    if all(len(embeddings) == len(ids) for embeddings, ids in zip(received, id_lists, strict=True)):
+        pairs = zip(received, id_lists, strict=True)
+        cosines = torch.cat([F.cosine_similarity(r.float(), reader.table[ids], dim=-1) for r, ids in pairs])
+        metrics["cosine"] = cosines.mean().item()
+    metrics["nll_text"] = mean_nll(reader, rows, batch_size, None, None)
+    metrics["nll_wire"] = mean_nll(reader, rows, batch_size, send, receive)
+    if data.kind == "text":
+        return metrics, [{"question": text, "answers": [], "text": "", "wire": ""} for text in texts]
+
+    answers = generate(reader, received, batch_size)
+    text_answers = generate(reader, id_lists, batch_size)
+    blind = generate(reader, [make_prompt(reader, "", row["question"]).ids for row in rows], batch_size)
+    metrics["f1"], metrics["em"] = score(answers, rows)
+    metrics["text_f1"], metrics["text_em"] = score(text_answers, rows)
+    metrics["retention"] = 100 * metrics["f1"] / metrics["text_f1"] if metrics["text_f1"] > 0 else None
+    metrics["no_context_f1"] = score(blind, rows)[0]
+    # another prompt's message answers that other prompt: the receiver sees nothing of this one, so no new run is needed
+    metrics["shuffled_f1"] = score(answers[1:] + answers[:1], rows)[0] if len(rows) > 1 else None
+    # text cut to as many positions as the message takes; where nothing is cut, that is the text itself
+    cut_rows = [i for i, ids in enumerate(id_lists) if len(received[i]) < len(ids)]
+    shorter = [make_prompt(reader, rows[i]["context"], rows[i]["question"], len(received[i])).ids for i in cut_rows]
+    truncated = dict(zip(cut_rows, generate(reader, shorter, batch_size), strict=True)) if cut_rows else {}
+    metrics["truncated_f1"] = score([truncated.get(i, text_answers[i]) for i in range(len(rows))], rows)[0]
+    metrics["unique_answers"] = len(set(answers))
+    records = [
+        {"question": row["question"], "context": row["context"], "answers": row["answers"], "text": text, "wire": wire}
+        for row, text, wire in zip(rows, text_answers, answers, strict=True)
+    ]
+    return metrics, records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run directories
+
+
+def write_atomically(path: Path, payload: bytes) -> None:
+    """Write to a temporary name, then rename: a full disk or an interruption leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def open_out(name: str) -> Path:
+    """Make the output directory and see that it can be written. Raises UserError."""
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / ".writable", b"")
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--out {name}: cannot write there ({error.strerror}); give another directory") from None
+    return path
+
+
+def save_checkpoint(path: Path, payload: dict) -> None:
+    """torch.save, atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(payload, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path, arguments: dict) -> dict:
+    """The checkpoint of an interrupted run with the same arguments. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"--resume: {path} does not exist; start without --resume")
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise UserError(f"--resume: {path} cannot be read ({type(error).__name__}); start without --resume") from None
+    differ = [key for key, value in arguments.items() if saved["arguments"].get(key) != value]
+    if differ:
+        key = differ[0]
+        flag = "--" + key.replace("_", "-")
+        raise UserError(f"--resume: {path} was made with {flag} {saved['arguments'].get(key)}, not {arguments[key]}")
+    return saved
+
+
+def save_wire(out: Path, tensors: dict[str, Tensor], config: dict) -> None:
+    """wire.safetensors and config.json: what --eval-only and the later stages start from."""
+    kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_atomically(out / "wire.safetensors", safetensors.torch.save(kept))
+    write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load_wire(name: str, stage: str) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, config) of a trained wire. Raises UserError if the directory holds none, or one of another stage."""
+    path = Path(name)
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        tensors = safetensors.torch.load_file(path / "wire.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{name} is not a trained wire: it has no {Path(error.filename or 'wire.safetensors').name}"
+        ) from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{name}: its config.json or wire.safetensors cannot be read ({type(error).__name__})"
+        ) from None
+    if config.get("stage") != stage:
+        raise UserError(f"{name} is a wire of {config.get('stage')}, not of {stage}")
+    return tensors, config
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def append_jsonl(path: Path, row: dict) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def rounded(value):
+    """Floats to six significant digits, through lists and dicts, so that JSON lines can be read."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return value
+
+
+def write_samples(path: Path, records: list[dict], count: int = 20) -> None:
+    """samples.md: question, gold, the answer from text, the answer through the wire."""
+    lines = ["# Samples", "", "| question | gold | from text | through the wire |", "|---|---|---|---|"]
+    for record in records[:count]:
+        cells = [record["question"], " / ".join(dict.fromkeys(record["answers"])), record["text"], record["wire"]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def draw_report(
+    path: Path, history: list[dict], title: str, bars: dict[str, float], unit: str, byte_bars: dict
+) -> None:
+    """report.png: the training curves, the score beside its controls, and the bytes beside theirs."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (curves, scores, sizes) = plt.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
+    for key in sorted({key for row in history for key in row if key.startswith("loss_")}):
+        points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
+        curves.plot(*zip(*points, strict=True), label=key.removeprefix("loss_"))
+    curves.set(title="training" if history else "no training in this run", xlabel="step", ylabel="loss")
+    if history:
+        curves.set_yscale("log")
+        curves.legend()
+    for axis, values, label in ((scores, bars, unit), (sizes, byte_bars, "bytes per prompt")):
+        drawn = axis.barh(
+            list(values), list(values.values()), color=["#c44e52" if "wire" in k else "#8c8c8c" for k in values]
+        )
+        axis.bar_label(drawn, fmt="%.3g", padding=2)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_xlabel(label)
+    scores.set_title("answers")
+    sizes.set_title("size of one prompt")
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
+
+
+class Progress:
+    """Training progress with an ETA: a bar on a terminal, one line per interval in a pipe."""
+
+    def __init__(self, total: int, start: int):
+        self.total, self.start, self.began = total, start, time.perf_counter()
+        self.interval = max(1, total // 10)
+
+    def show(self, step: int, text: str) -> None:
+        elapsed = time.perf_counter() - self.began
+        eta = elapsed / max(1, step - self.start) * (self.total - step)
+        line = f"step {step}/{self.total}  {text}  {elapsed:.0f} s, {eta:.0f} s left"
+        if sys.stdout.isatty():
+            done = 24 * step // self.total
+            print(
+                f"\r[{'=' * done}{' ' * (24 - done)}] {line}", end="\n" if step == self.total else "\x1b[K", flush=True
+            )
+        elif step % self.interval == 0 or step == self.total or step == 1:
+            print(line, flush=True)
+
+
+def print_table(title: str, rows: list[tuple[str, str, str]]) -> None:
+    """A table of (what, value, note)."""
+    width, value_width = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+    print(f"\n{title}")
+    for what, value, note in rows:
+        print(f"  {what:<{width}}  {value:>{value_width}}  {note}".rstrip())
+    print(flush=True)
+
+
+@torch.inference_mode()
+def print_samples(reader: Reader, data: Data, send: Send, receive: Receive) -> None:
+    """The same three validation questions at every call: gold, answer from text, answer through the wire."""
+    rows = data.validation[:3]
+    if data.kind == "text":
+        return
+    prompts = [make_prompt(reader, row["context"], row["question"]).ids for row in rows]
+    from_text = generate(reader, prompts, len(rows))
+    from_wire = generate(reader, [receive(send(ids)) for ids in prompts], len(rows))
+    for row, text, wire in zip(rows, from_text, from_wire, strict=True):
+        print(f"    {row['question']}  gold: {row['answers'][0]} | text: {text} | wire: {wire}")
+
+
+def finish_run(
+    out: Path, tensors: dict, config: dict, history: list[dict], records: list[dict], extra: list[tuple], title: str
+) -> None:
+    """Write the run directory, then print the table and, as the last line, the JSON object.
+
+    config["metrics"] holds RESULT_KEYS; extra: rows (what, value, note) of the stage's own controls.
+    """
+    metrics = config["metrics"]
+    result = {key: metrics[key] for key in RESULT_KEYS}
+
+    def show(key: str, digits: int = 1) -> str:
+        return "n/a" if result[key] is None else f"{result[key]:.{digits}f}"
+
+    if result["f1"] is None:
+        rows = [
+            ("NLL from text", show("nll_text", 4), "nats per token"),
+            ("NLL through the wire", show("nll_wire", 4), ""),
+        ]
+        bars = {"text": result["nll_text"], "wire": result["nll_wire"]}
+        unit = "NLL, nats per token"
+    else:
+        rows = [
+            ("F1 from text", show("text_f1"), f"EM {show('text_em')}, {result['examples']} test rows"),
+            ("F1 through the wire", show("f1"), f"EM {show('em')}, {result['unique_answers']} different answers"),
+            ("retention", show("retention"), "% of the F1 from text"),
+            ("no context: F1", show("no_context_f1"), "the question alone"),
+            ("shuffled: F1", show("shuffled_f1"), "another prompt's message"),
+            ("truncated text: F1", show("truncated_f1"), f"cut to the wire's {show('positions')} positions"),
+            ("NLL of the answer", show("nll_wire", 4), f"from text {show('nll_text', 4)}, nats per token"),
+        ]
+        bars = {
+            "text": result["text_f1"], "wire": result["f1"], "no context": result["no_context_f1"],
+            "shuffled": result["shuffled_f1"] or 0.0, "truncated": result["truncated_f1"],
+        }  # fmt: skip
+        unit = "F1, %"
+        if result["text_f1"] < 10:
+            rows.append(
+                ("note", "", "this LLM does not answer these questions from the text either: retention says little")
+            )
+    rows += extra
+    rows += [
+        ("cosine to the real embeddings", show("cosine", 4), ""),
+        ("bytes on the wire", show("wire_bytes", 0), f"text {show('text_bytes', 0)}, zlib -9 {show('zlib_bytes', 0)}, "
+         f"packed token ids {show('packed_token_bytes', 0)}"),
+        ("positions", show("positions"), f"text {show('text_positions')}"),
+    ]  # fmt: skip
+    if result["wire_bytes"] > result["text_bytes"]:
+        rows.append(
+            ("", "", f"in bytes the wire is {result['wire_bytes'] / result['text_bytes']:.1f}x LARGER than the text")
+        )
+    save_wire(out, tensors, config)
+    write_samples(out / "samples.md", records)
+    byte_bars = {
+        "text": result["text_bytes"],
+        "zlib -9": result["zlib_bytes"],
+        "packed ids": result["packed_token_bytes"],
+    }
+    draw_report(
+        out / "report.png",
+        history,
+        f"{title} ({result['model']})",
+        bars,
+        unit,
+        byte_bars | {"wire": result["wire_bytes"]},
+    )
+    print_table(f"{title}: {result['model']} on {result['data']}, seed {result['seed']}; files in {out}", rows)
+    print(json.dumps(result), flush=True)
