@@ -147,6 +147,10 @@ def finish_arguments(parser: Parser) -> argparse.Namespace:
         args.micro_batch_size = args.batch_size
     if args.batch_size % args.micro_batch_size:
         parser.error(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}")
+    if args.lr > 100:
+        parser.error(f"argument --lr: {args.lr:g} only diverges; Adam's useful range is about 1e-5 to 1e-2")
+    if args.eval_only and Path(args.eval_only).resolve() == Path(args.out).resolve():
+        parser.error(f"--out {args.out} is the wire under evaluation and would be overwritten: give another directory")
     if args.resume and args.eval_only:
         parser.error("--resume continues a training run and --eval-only has none: drop one of them")
     return args
@@ -332,6 +336,7 @@ def load_reader(name: str, device: torch.device, dtype: torch.dtype) -> Reader:
         raise UserError(f"--model {name}: {directory} has no weights (*.safetensors)")
     if not files & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         raise UserError(f"--model {name}: {directory} has no tokenizer (tokenizer.json)")
+    transformers.utils.logging.disable_progress_bar()  # stderr is for errors
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
@@ -340,7 +345,7 @@ def load_reader(name: str, device: torch.device, dtype: torch.dtype) -> Reader:
     except Exception as error:
         line = str(error).strip().split("\n")[0][:200]
         raise UserError(f"--model {name}: {directory} does not load as a causal LM: {line}") from None
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # frozen: only what a stage builds itself is ever trained
     model.eval().to(device)
     table = embedding_table(model)
     context_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
@@ -547,8 +552,8 @@ def fetch_squad() -> list[Path]:
                     payload = reply.read(size + 1)
             except OSError as error:
                 raise UserError(
-                    f"--data squad: cannot fetch {address} ({getattr(error, 'reason', error)}); go online once, put the "
-                    f"file at {path}, or give a SQuAD JSON file with --data FILE"
+                    f"--data squad: cannot fetch {address} ({getattr(error, 'reason', error)}); go online once, put "
+                    f"the file at {path}, or give a SQuAD JSON file with --data FILE"
                 ) from None
             if len(payload) != size or hashlib.sha256(payload).hexdigest() != sha256:
                 raise UserError(
@@ -674,9 +679,15 @@ def answer_logits(reader: Reader, batch: Batch, embeddings: Tensor) -> Tensor:
     return logits[labelled[:, columns]].float()
 
 
+Send = Callable[[list[int]], bytes]  # token ids of a prompt -> message
+Receive = Callable[[bytes], Tensor]  # message -> [positions, d] embeddings
+
+
 @torch.inference_mode()
-def generate(reader: Reader, prompts: list[list[int]] | list[Tensor], batch_size: int) -> list[str]:
-    """Greedy answers to prompts given as token ids, or as embeddings [L, d]; in the order of the prompts.
+def generate(
+    reader: Reader, prompts: list[list[int]] | list[bytes], batch_size: int, receive: Receive | None = None
+) -> list[str]:
+    """Greedy answers to prompts given as token ids, or as messages and a receiver; in the order of the prompts.
 
     Padded on the left and masked, so that every prompt ends where its answer begins; transformers derives positions
     from the mask, and returns only the new tokens when it is given inputs_embeds.
@@ -690,21 +701,19 @@ def generate(reader: Reader, prompts: list[list[int]] | list[Tensor], batch_size
     answers = [""] * len(prompts)
     for at in range(0, len(order), batch_size):
         chosen = order[at : at + batch_size]
-        width = max(len(prompts[i]) for i in chosen)
-        mask = torch.tensor(
-            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=reader.device
-        )
-        if isinstance(prompts[chosen[0]], Tensor):
-            padded = [F.pad(prompts[i].to(reader.device), (0, 0, width - len(prompts[i]), 0)) for i in chosen]
-            inputs = {"inputs_embeds": torch.stack(padded).to(reader.dtype)}  # [B, T, d]
-            skip = 0
-        else:
-            padded = [[fill] * (width - len(prompts[i])) + prompts[i] for i in chosen]
+        parts = [prompts[i] if receive is None else receive(prompts[i]) for i in chosen]
+        width = max(map(len, parts))
+        mask = torch.tensor([[0] * (width - len(part)) + [1] * len(part) for part in parts], device=reader.device)
+        if receive is None:
+            padded = [[fill] * (width - len(part)) + part for part in parts]
             inputs = {"input_ids": torch.tensor(padded, device=reader.device)}  # [B, T]
-            skip = width
-        new = reader.model.generate(**inputs, attention_mask=mask, generation_config=settings)[:, skip:]
+        else:
+            padded = [F.pad(part, (0, 0, width - len(part), 0)) for part in parts]
+            inputs = {"inputs_embeds": torch.stack(padded).to(reader.dtype)}  # [B, T, d]
+        new = reader.model.generate(**inputs, attention_mask=mask, generation_config=settings)
+        new = new[:, width:] if receive is None else new
         for i, ids in zip(chosen, new.tolist(), strict=True):
-            end = next((at for at, token in enumerate(ids) if token in reader.eos_ids), len(ids))
+            end = next((place for place, token in enumerate(ids) if token in reader.eos_ids), len(ids))
             # a base model that does not stop goes on with the next question: its answer ends with the line
             answers[i] = reader.tokenizer.decode(ids[:end], skip_special_tokens=True).strip().split("\n")[0].strip()
     return answers
@@ -714,9 +723,12 @@ def generate(reader: Reader, prompts: list[list[int]] | list[Tensor], batch_size
 # SQuAD v1.1 scorer, as in the official evaluate-v1.1.py (Rajpurkar et al. 2016)
 
 
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
 def normalize_answer(text: str) -> str:
     """Lower case, no ASCII punctuation, no articles, single spaces."""
-    text = "".join(character for character in text.lower() if character not in set(string.punctuation))
+    text = text.lower().translate(PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -753,26 +765,37 @@ def score(answers: list[str], rows: list[dict]) -> tuple[float, float]:
 class PCA:
     mean: Tensor  # [d] float32
     components: Tensor  # [d, k] float32, orthonormal columns, by falling variance
-    explained: float  # share of the variance that the k components hold
+    variances: Tensor  # [d] float64, of all d components, falling
+
+    def first(self, k: int) -> "PCA":
+        return PCA(self.mean, self.components[:, :k].contiguous(), self.variances)
+
+    @property
+    def explained(self) -> float:
+        """Share of the variance that the k components hold."""
+        return (self.variances[: self.components.shape[1]].sum() / self.variances.sum()).item()
 
 
-def fit_pca(table: Tensor, counts: Tensor, k: int) -> PCA:
-    """Exact PCA of the embeddings of a corpus, from its token counts: one weighted pass over the table.
+def fit_pca(table: Tensor, counts: Tensor) -> PCA:
+    """Exact PCA (all d components) of the embeddings of a corpus, from its token counts: one weighted pass over V rows.
 
-    table: [V, d]; counts: [V] occurrences in the training split. Equal to PCA of the [corpus, d] matrix of all its
-    embeddings, but the cost is that of V rows. float64; the sign of a component makes its largest entry positive.
+    table: [V, d]; counts: [V] occurrences in the training split. Equal to the PCA of the [corpus, d] matrix of all its
+    embeddings, at a cost that does not grow with the corpus. float64 on the CPU; the sign of a component makes its
+    largest entry positive. Returned on the table's device.
     """
-    table, weights = table.double().cpu(), counts.double().cpu()
-    weights = weights / weights.sum()
-    mean = weights @ table  # [d]
-    centred = table - mean
-    covariance = (centred * weights[:, None]).T @ centred  # [d, d]
+    weights = counts.double().cpu() / counts.sum().item()
+    used = weights.nonzero()[:, 0]  # tokens that never occur weigh nothing
+    mean = torch.zeros(table.shape[1], dtype=torch.float64)
+    covariance = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
+    for rows in used.split(8192):
+        mean += weights[rows] @ table[rows.to(table.device)].double().cpu()
+    for rows in used.split(8192):
+        centred = table[rows.to(table.device)].double().cpu() - mean
+        covariance += (centred * weights[rows, None]).T @ centred
     variances, vectors = torch.linalg.eigh(covariance)  # ascending
     variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1)
-    largest = vectors.abs().argmax(0)
-    vectors = vectors * vectors.gather(0, largest[None]).sign()
-    explained = (variances[:k].sum() / variances.sum()).item()
-    return PCA(mean.float(), vectors[:, :k].float().contiguous(), explained)
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return PCA(mean.float().to(table.device), vectors.float().to(table.device), variances)
 
 
 def token_counts(reader: Reader, data: Data, seed: int, passages: int = 2000) -> Tensor:
@@ -793,13 +816,10 @@ def token_counts(reader: Reader, data: Data, seed: int, passages: int = 2000) ->
 # evaluation: the score through the wire, and every control beside it
 
 RESULT_KEYS = (
-    "stage model data seed steps examples text_f1 text_em f1 em retention no_context_f1 shuffled_f1 truncated_f1 "
-    "nll_text nll_wire cosine wire_bytes text_bytes zlib_bytes packed_token_bytes positions text_positions unique_answers "
-    "train_seconds eval_seconds device dtype versions commit"
+    "stage model data seed steps examples text_f1 text_em f1 em retention no_context_f1 shuffled_f1 "
+    "truncated_f1 nll_text nll_wire cosine wire_bytes text_bytes zlib_bytes packed_token_bytes positions "
+    "text_positions unique_answers train_seconds eval_seconds device dtype versions commit"
 ).split()
-
-Send = Callable[[list[int]], bytes]  # token ids of a prompt -> message
-Receive = Callable[[bytes], Tensor]  # message -> [positions, d] embeddings
 
 
 @torch.inference_mode()
@@ -846,27 +866,27 @@ def evaluate(reader: Reader, data: Data, batch_size: int, send: Send, receive: R
         id_lists, texts = [prompt.ids for prompt in prompts], [prompt.text for prompt in prompts]
         cut = sum(prompt.truncated for prompt in prompts)
         if cut:
-            print(
-                f"note: {cut} of {len(rows)} test passages exceed {reader.context_tokens} tokens: context cut at its end"
-            )
+            print(f"note: {cut} of {len(rows)} test passages exceed {reader.context_tokens} tokens: their end is cut")
     messages = [send(ids) for ids in id_lists]
-    received = [receive(message) for message in messages]  # [positions, d] each
+    positions, cosines = [], []
+    for message, ids in zip(messages, id_lists, strict=True):
+        embeddings = receive(message).float()  # [positions, d]
+        positions.append(len(embeddings))
+        if len(embeddings) == len(ids):
+            cosines += F.cosine_similarity(embeddings, reader.table[ids], dim=-1).tolist()
     metrics = dict.fromkeys(RESULT_KEYS)
     metrics |= byte_baselines(reader, texts, id_lists)
     metrics["examples"] = len(rows)
     metrics["wire_bytes"] = sum(map(len, messages)) / len(rows)
-    metrics["positions"] = sum(map(len, received)) / len(rows)
+    metrics["positions"] = sum(positions) / len(rows)
     metrics["text_positions"] = sum(map(len, id_lists)) / len(rows)
-    if all(len(embeddings) == len(ids) for embeddings, ids in zip(received, id_lists, strict=True)):
-        pairs = zip(received, id_lists, strict=True)
-        cosines = torch.cat([F.cosine_similarity(r.float(), reader.table[ids], dim=-1) for r, ids in pairs])
-        metrics["cosine"] = cosines.mean().item()
+    metrics["cosine"] = sum(cosines) / len(cosines) if positions == list(map(len, id_lists)) else None
     metrics["nll_text"] = mean_nll(reader, rows, batch_size, None, None)
     metrics["nll_wire"] = mean_nll(reader, rows, batch_size, send, receive)
     if data.kind == "text":
         return metrics, [{"question": text, "answers": [], "text": "", "wire": ""} for text in texts]
 
-    answers = generate(reader, received, batch_size)
+    answers = generate(reader, messages, batch_size, receive)
     text_answers = generate(reader, id_lists, batch_size)
     blind = generate(reader, [make_prompt(reader, "", row["question"]).ids for row in rows], batch_size)
     metrics["f1"], metrics["em"] = score(answers, rows)
@@ -876,8 +896,8 @@ def evaluate(reader: Reader, data: Data, batch_size: int, send: Send, receive: R
     # another prompt's message answers that other prompt: the receiver sees nothing of this one, so no new run is needed
     metrics["shuffled_f1"] = score(answers[1:] + answers[:1], rows)[0] if len(rows) > 1 else None
     # text cut to as many positions as the message takes; where nothing is cut, that is the text itself
-    cut_rows = [i for i, ids in enumerate(id_lists) if len(received[i]) < len(ids)]
-    shorter = [make_prompt(reader, rows[i]["context"], rows[i]["question"], len(received[i])).ids for i in cut_rows]
+    cut_rows = [i for i, ids in enumerate(id_lists) if positions[i] < len(ids)]
+    shorter = [make_prompt(reader, rows[i]["context"], rows[i]["question"], positions[i]).ids for i in cut_rows]
     truncated = dict(zip(cut_rows, generate(reader, shorter, batch_size), strict=True)) if cut_rows else {}
     metrics["truncated_f1"] = score([truncated.get(i, text_answers[i]) for i in range(len(rows))], rows)[0]
     metrics["unique_answers"] = len(set(answers))
@@ -968,11 +988,23 @@ def load_wire(name: str, stage: str) -> tuple[dict[str, Tensor], dict]:
         ) from None
     if config.get("stage") != stage:
         raise UserError(f"{name} is a wire of {config.get('stage')}, not of {stage}")
+    if missing := {"model", "fingerprint", "data", "arguments", "metrics"} - config.keys():
+        raise UserError(f"{name}: its config.json lacks {', '.join(sorted(missing))}")
     return tensors, config
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def load_module(module: torch.nn.Module, prefix: str, tensors: dict[str, Tensor], wire: str) -> None:
+    """Load the tensors of a wire whose names start with `prefix`. Raises UserError if they do not fit the module."""
+    try:
+        module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    except RuntimeError:
+        raise UserError(
+            f"{wire}: wire.safetensors does not fit its config.json; it may be from another version"
+        ) from None
 
 
 def append_jsonl(path: Path, row: dict) -> None:
@@ -1071,7 +1103,7 @@ def print_samples(reader: Reader, data: Data, send: Send, receive: Receive) -> N
         return
     prompts = [make_prompt(reader, row["context"], row["question"]).ids for row in rows]
     from_text = generate(reader, prompts, len(rows))
-    from_wire = generate(reader, [receive(send(ids)) for ids in prompts], len(rows))
+    from_wire = generate(reader, [send(ids) for ids in prompts], len(rows), receive)
     for row, text, wire in zip(rows, from_text, from_wire, strict=True):
         print(f"    {row['question']}  gold: {row['answers'][0]} | text: {text} | wire: {wire}")
 

@@ -25,6 +25,7 @@ import copy
 import math
 import struct
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ STAGE = "stage1"
 
 def parse_arguments():
     parser = common.Parser(description=__doc__.split("\n")[0])
-    common.add_arguments(parser, STAGE, steps=300, batch_size=32, lr=3e-3)
+    common.add_arguments(parser, STAGE, steps=300, batch_size=16, lr=3e-3)
     parser.add_argument("--code-dim", type=common.positive_int, help="k; default: an eighth of the embedding width")
     parser.add_argument("--adapter", choices=("linear", "mlp", "codebook"), help="default: codebook")
     parser.add_argument("--rms", choices=("constant", "sent"), help="RMS to match: a constant of the wire (default), "
@@ -90,7 +91,7 @@ class Adapter(nn.Module):
         """table: [V,d] frozen embeddings; codes: [V,k] their codes; counts: [V] of the training split."""
         super().__init__()
         k, d = codes.shape[1], table.shape[1]
-        share = (counts / counts.sum()).float()
+        share = counts / counts.sum()
         code_scale = (share @ codes.square()).mean().sqrt()
         table_rms = (share @ table.square()).mean().sqrt()
         self.kind = kind
@@ -142,10 +143,10 @@ class Wire:
         self.width = pca.components.shape[1]
         sent_dtype = torch.float16 if code_format == "<f2" else torch.float32
         # embeddings are rows of a frozen table, so the projection runs once over V rows, and then is a gather
-        codes = project(reader.table, pca.mean.to(reader.device), pca.components.to(reader.device))
+        codes = project(reader.table, pca.mean, pca.components)
         self.codes = codes.to(sent_dtype).float()  # [V,k] as the receiver will see them
         token_rms = reader.table.square().mean(1, keepdim=True).sqrt()  # [V,1]
-        self.constant_rms = constant_rms.to(reader.device)  # scalar
+        self.constant_rms = constant_rms  # scalar
         self.rms = token_rms.to(sent_dtype).float()
         if not all(torch.isfinite(part).all() for part in (self.codes, self.rms)):
             raise common.UserError(f"the embeddings of {reader.name} do not fit into float16 codes")
@@ -178,6 +179,8 @@ def main() -> None:
     args = parse_arguments()
     saved_tensors, saved_config = common.load_wire(args.eval_only, STAGE) if args.eval_only else ({}, None)
     common.settle_arguments(args, DEFAULTS, saved_config)
+    if saved_config:
+        args.seed = saved_config["arguments"]["seed"]
     common.seed_everything(args.seed)
     device, device_reason = common.pick_device(args.device)
     dtype, dtype_reason = common.pick_dtype(args.dtype, device)
@@ -192,6 +195,9 @@ def main() -> None:
     if k > d:
         raise common.UserError(f"--code-dim {k} is above the embedding width of {args.model}, {d}")
     data = common.load_data(args.data, reader, args.eval_examples)
+    run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
+    checkpoint_path = Path(args.out) / "checkpoint.pt"
+    resumed = common.load_checkpoint(checkpoint_path, run_arguments) if args.resume else None
     out = common.open_out(args.out)
     print(f"model {args.model}: V {vocabulary}, d {d}, fingerprint {reader.fingerprint}")
     size = "unlimited" if data.train is None else len(data.train)
@@ -200,14 +206,15 @@ def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # model: PCA (exact, from token counts), adapter. The LLM is frozen.
     counts = common.token_counts(reader, data, args.seed).to(device)
-    pca = common.fit_pca(reader.table, counts, k)
+    full_pca = common.fit_pca(reader.table, counts)
+    pca = full_pca.first(k)
+    share = counts / counts.sum()  # [V] of the corpus
+    constant_rms = (share @ reader.table.square().mean(1)).sqrt()
     if args.eval_only:
-        pca = common.PCA(saved_tensors["mean"], saved_tensors["components"], pca.explained)
-    share = (counts / counts.sum()).float()  # [V] of the corpus
-    constant_rms = saved_tensors.get("target_rms", (share @ reader.table.square().mean(1)).sqrt())
+        pca.mean, pca.components = saved_tensors["mean"].to(device), saved_tensors["components"].to(device)
+        constant_rms = saved_tensors["target_rms"].to(device)
     variance = (share @ (reader.table - share @ reader.table).square()).mean()  # of an embedding number, for the loss
     wire = Wire(reader, pca, args.rms, constant_rms)
-    pca = common.PCA(pca.mean.to(device), pca.components.to(device), pca.explained)
     untrained = Adapter("linear", pca, reader.table, wire.codes, counts).to(device)
     adapter = Adapter(args.adapter, pca, reader.table, wire.codes, counts).to(device)
     wire.adapter = adapter
@@ -221,17 +228,12 @@ def main() -> None:
     steps = 0 if args.eval_only else args.steps
     step, train_seconds = 0, 0.0
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
-    checkpoint_path = out / "checkpoint.pt"
     if args.eval_only:
-        adapter.load_state_dict(
-            {n.removeprefix("adapter."): t for n, t in saved_tensors.items() if n.startswith("adapter.")}
-        )
-    elif args.resume:
-        saved = common.load_checkpoint(checkpoint_path, run_arguments)
-        adapter.load_state_dict(saved["adapter"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, train_seconds, history = saved["step"], saved["train_seconds"], saved["history"]
+        common.load_module(adapter, "adapter.", saved_tensors, args.eval_only)
+    elif resumed:
+        adapter.load_state_dict(resumed["adapter"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        step, train_seconds, history = resumed["step"], resumed["train_seconds"], resumed["history"]
         print(f"resumed at step {step}", flush=True)
     common.write_jsonl(out / "metrics.jsonl", history)
     accumulation = args.batch_size // args.micro_batch_size
@@ -306,16 +308,14 @@ def main() -> None:
         if data.kind == "text":
             return common.mean_nll(reader, data.test, batch_size, other.send, other.receive), []
         prompts = [common.make_prompt(reader, row["context"], row["question"]).ids for row in data.test]
-        answers = common.generate(reader, [other.receive(other.send(ids)) for ids in prompts], batch_size)
+        answers = common.generate(reader, [other.send(ids) for ids in prompts], batch_size, other.receive)
         return common.score(answers, data.test)[0], answers
 
     inverse_wire = copy.copy(wire)
     inverse_wire.adapter = untrained  # the PCA inverse, nothing trained
     inverse_score, _ = control(inverse_wire)
-    full = common.fit_pca(reader.table, counts, d)  # k = d and the RMS sent: must read like text
-    full = common.PCA(full.mean.to(device), full.components.to(device), 1.0)
-    identity_wire = Wire(reader, full, "sent", constant_rms, code_format="<f4")
-    identity_wire.adapter = Adapter("linear", full, reader.table, identity_wire.codes, counts).to(device)
+    identity_wire = Wire(reader, full_pca, "sent", constant_rms, code_format="<f4")  # k = d: must read like text
+    identity_wire.adapter = Adapter("linear", full_pca, reader.table, identity_wire.codes, counts).to(device)
     identity_score, identity_answers = control(identity_wire)
     same = sum(answer == record["text"] for answer, record in zip(identity_answers, records, strict=False))
     metrics |= {
@@ -342,8 +342,8 @@ def main() -> None:
     if identity_answers:
         controls["identity_same_answers"] = same
     config = {
-        "stage": STAGE, "model": args.model, "fingerprint": reader.fingerprint, "code_dim": k, "adapter": args.adapter,
-        "rms": args.rms, "kd_weight": args.kd_weight, "data": args.data,
+        "stage": STAGE, "model": args.model, "fingerprint": reader.fingerprint, "embedding_width": d, "code_dim": k,
+        "adapter": args.adapter, "rms": args.rms, "kd_weight": args.kd_weight, "data": args.data,
         "arguments": saved_config["arguments"] if args.eval_only else run_arguments,
         "metrics": metrics, "controls": common.rounded(controls),
     }  # fmt: skip

@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
     args = parser.parse_args()
     if args.threads:
@@ -269,7 +269,7 @@ def main() -> None:
                 f"grad {norm:.2f} T {ids.shape[1]} {seconds:.0f} s, {eta:.0f} s left",
                 flush=True,
             )
-        if step % 500 == 0 or step == args.steps:
+        if step % max(1, args.steps // 6) == 0 or step == args.steps:
             print(
                 f"step {step}: validation answers exact {answer_exact(model, tokenizer, validation):.1f}%", flush=True
             )

@@ -1,0 +1,68 @@
+"""What the tests share: a tiny random LLM for cheap runs, and a stage run inside this process."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent.parent
+SHARED = HERE.parent / "shared"  # real data and models beside the project, where there are any
+sys.path[:0] = [str(HERE), str(HERE / "tiny")]  # pretrain.py is a script beside world.py
+
+import common  # noqa: E402
+
+
+def need(path: Path) -> Path:
+    """Skip with a reason where shared data is absent."""
+    if not path.exists():
+        pytest.skip(f"{path.name} is not beside this checkout")
+    return path
+
+
+class Run:
+    def __init__(self, code: int, stdout: str, stderr: str):
+        self.code, self.stdout, self.stderr = code, stdout, stderr
+
+    @property
+    def result(self) -> dict:
+        return json.loads(self.stdout.strip().split("\n")[-1])
+
+
+def run_stage(module, *flags: str) -> Run:
+    """A stage as its command line runs it, but without the seconds that importing torch takes."""
+    stdout, stderr, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = [f"{module.STAGE}.py", *map(str, flags)]
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            common.run(module.main)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+    return Run(code, stdout.getvalue(), stderr.getvalue())
+
+
+def save_random_llm(directory: Path, config, tokenizer_from: Path) -> Path:
+    """A random LLM of this config, with the tokenizer of another directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def random_llm(tmp_path_factory) -> Path:
+    """A random Llama of one layer with the tokenizer of tiny-llama: runs in milliseconds, answers nothing."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return save_random_llm(tmp_path_factory.mktemp("llm"), config, HERE / "tiny" / "tiny-llama")

@@ -1,0 +1,311 @@
+"""The plumbing: embeddings, PCA, prompts, batches, generation, data files."""
+
+import hashlib
+import json
+import string
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import HERE, SHARED, need
+from transformers import AutoModelForCausalLM
+
+import common
+from tiny import world
+
+CPU = torch.device("cpu")
+TINY = str(HERE / "tiny" / "tiny-llama")
+ROWS = world.make_examples("test", 12)
+
+
+@pytest.fixture(scope="module")
+def reader() -> common.Reader:
+    return common.load_reader("tiny", CPU, torch.float32)
+
+
+# --- models
+
+
+SMALL = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+ARCHITECTURES = {
+    "llama": transformers.LlamaConfig(**SMALL),
+    "qwen2": transformers.Qwen2Config(**SMALL, num_key_value_heads=2),
+    "gemma": transformers.GemmaConfig(**SMALL, head_dim=8, num_key_value_heads=2),  # sqrt(d) in the module
+    "gemma2": transformers.Gemma2Config(**SMALL, head_dim=8, num_key_value_heads=2),
+    "granite": transformers.GraniteConfig(**SMALL, embedding_multiplier=12.0),  # a factor behind the module
+    "gpt2": transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2),  # positions are added behind it
+    "opt": transformers.OPTConfig(
+        **{**SMALL, "ffn_dim": 24}, word_embed_proj_dim=8
+    ),  # the table is narrower than the model
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_table_is_what_the_model_reads_for_each_token(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval()
+    ids = torch.tensor([[5, 3, 39, 7, 7]])
+    with torch.no_grad():
+        table = common.embedding_table(model)
+        torch.testing.assert_close(model(inputs_embeds=table[ids]).logits, model(input_ids=ids).logits)
+
+
+def test_fingerprint_tells_models_apart_but_not_dtypes(reader):
+    again = common.load_reader(TINY, CPU, torch.bfloat16)
+    other = common.load_reader("tiny-qwen", CPU, torch.float32)
+    assert again.fingerprint == reader.fingerprint != other.fingerprint
+    with torch.no_grad():
+        reader.model.model.norm.weight[0] += 0.5
+        changed = common.fingerprint(reader.model, reader.table)
+        reader.model.model.norm.weight[0] -= 0.5
+    assert changed != reader.fingerprint
+
+
+def test_a_loaded_model_is_frozen(reader):
+    assert not any(p.requires_grad for p in reader.model.parameters()) and not reader.model.training
+
+
+# --- PCA
+
+
+def test_pca_from_counts_is_the_pca_of_the_corpus():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(30, 8, generator=generator) * torch.linspace(3, 0.2, 8)
+    ids = torch.randint(0, 20, (5000,), generator=generator)
+    pca = common.fit_pca(table, torch.bincount(ids, minlength=30)).first(3)
+    corpus = table[ids].double()
+    mean = corpus.mean(0)
+    _, singular, right = torch.linalg.svd(corpus - mean, full_matrices=False)
+    torch.testing.assert_close(pca.mean.double(), mean, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close((pca.components.double() * right[:3].T).sum(0).abs(), torch.ones(3).double())
+    assert pca.explained == pytest.approx((singular[:3].square().sum() / singular.square().sum()).item())
+    largest = pca.components.abs().argmax(0)
+    assert (pca.components[largest, range(3)] > 0).all()
+
+
+def test_token_counts_are_those_of_the_prompts(reader):
+    data = common.Data("x", "qa", ROWS, [], [])
+    counts = common.token_counts(reader, data, seed=0)
+    ids = [token for row in ROWS for token in common.make_prompt(reader, row["context"], row["question"]).ids]
+    assert counts.sum() == len(ids) and counts[ids[3]] == ids.count(ids[3])
+
+
+# --- prompts and batches
+
+
+def test_a_long_context_is_cut_and_the_question_kept(reader):
+    row = ROWS[0]
+    whole = common.make_prompt(reader, row["context"], row["question"])
+    assert not whole.truncated
+    cut = common.make_prompt(reader, row["context"], row["question"], len(whole.ids) - 10)
+    assert cut.truncated and len(whole.ids) - 14 <= len(cut.ids) <= len(whole.ids) - 10
+    kept, _, rest = cut.text.partition("\nQuestion: ")
+    assert row["context"].startswith(kept) and rest == f"{row['question']}\nAnswer:"
+    long = common.make_prompt(reader, row["context"] * 50, row["question"])
+    assert len(long.ids) <= reader.context_tokens - common.MAX_NEW_TOKENS and row["question"] in long.text
+    with pytest.raises(common.UserError, match="does not fit"):
+        common.make_prompt(reader, "x", row["question"] * 200)
+
+
+def test_labels_are_the_answer_and_eos_and_nothing_else(reader):
+    batch = common.make_batch(reader, ROWS)
+    assert (batch.attention.sum(1) < batch.ids.shape[1]).any()  # some are padded
+    for i, row in enumerate(ROWS):
+        length = int(batch.attention[i].sum())
+        assert batch.attention[i, :length].all()  # padding is on the right: positions have no gap
+        targets = batch.labels[i][batch.labels[i] != common.IGNORE].tolist()
+        assert targets[-1] == reader.tokenizer.eos_token_id
+        assert reader.tokenizer.bos_token_id not in targets
+        assert reader.tokenizer.decode(targets, skip_special_tokens=True).strip() == row["answers"][0]
+        sent = int(batch.sent[i].sum())
+        assert batch.sent[i, :sent].all() and batch.ids[i, sent:length].tolist() == targets
+        # a label stands one before the token that it names
+        assert batch.labels[i, sent - 1 : length - 1].tolist() == targets
+
+
+def test_answer_logits_are_those_of_the_whole_sequence(reader):
+    batch = common.make_batch(reader, ROWS[:5])
+    logits = common.answer_logits(reader, batch, reader.table[batch.ids])
+    at = 0
+    for i in range(5):
+        length = int(batch.attention[i].sum())
+        alone = reader.model(input_ids=batch.ids[i : i + 1, :length]).logits[0]
+        own = (batch.labels[i] != common.IGNORE).nonzero()[:, 0]
+        torch.testing.assert_close(logits[at : at + len(own)], alone[own], atol=2e-4, rtol=1e-4)
+        at += len(own)
+    assert at == len(logits)
+
+
+def test_a_chat_template_writes_the_start_token_once(reader):
+    from dataclasses import replace
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[model]"
+    )
+    chat = replace(reader, tokenizer=tokenizer)
+    prompt = common.make_prompt(chat, ROWS[0]["context"], ROWS[0]["question"])
+    assert prompt.ids.count(tokenizer.bos_token_id) == 1 and prompt.text.endswith("[model]")
+    assert ROWS[0]["question"] in prompt.text and ROWS[0]["context"] in prompt.text
+    answer = common.answer_ids(chat, prompt, "red")
+    assert tokenizer.bos_token_id not in answer and answer[-1] == tokenizer.eos_token_id
+
+
+# --- generation
+
+
+def test_batched_generation_from_embeddings_equals_a_plain_loop(reader):
+    prompts = [common.make_prompt(reader, row["context"], row["question"]).ids for row in ROWS]
+    assert len({len(ids) for ids in prompts}) > 3  # of different lengths, so padding and positions matter
+    plain = []
+    for ids in prompts:
+        ids, new = list(ids), []
+        while len(new) < common.MAX_NEW_TOKENS:
+            token = int(reader.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            if token == reader.tokenizer.eos_token_id:
+                break
+            ids.append(token)
+            new.append(token)
+        plain.append(reader.tokenizer.decode(new).strip())
+    assert common.generate(reader, prompts, batch_size=5) == plain
+
+    def receive(message: bytes) -> torch.Tensor:
+        return reader.table[torch.frombuffer(bytearray(message), dtype=torch.int64)]
+
+    messages = [torch.tensor(ids).numpy().tobytes() for ids in prompts]
+    assert common.generate(reader, messages, batch_size=12, receive=receive) == plain
+    assert len(set(plain)) > 6
+
+
+# --- data files
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def squad_json(passages: int) -> str:
+    paragraphs = []
+    for i, row in enumerate(world.make_examples("train", passages)):
+        qa = {"question": row["question"], "answers": [{"text": answer} for answer in row["answers"]]}
+        paragraphs.append({"context": f"Passage {i}. {row['context']}", "qas": [qa]})
+    return json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}], "version": "1.1"})
+
+
+def test_squad_and_jsonl_files_give_disjoint_passages(reader, tmp_path):
+    squad = common.load_data(write(tmp_path / "a.json", squad_json(80)), reader, 1000)
+    lines = "\n".join(json.dumps(row) for row in world.make_examples("train", 80))
+    jsonl = common.load_data(write(tmp_path / "a.jsonl", lines), reader, 3)
+    for data in (squad, jsonl):
+        splits = [{row["context"] for row in rows} for rows in (data.train, data.validation, data.test)]
+        assert all(splits) and not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
+    assert len(jsonl.test) == 3 and len(squad.train) + len(squad.validation) + len(squad.test) == 80
+
+
+def test_the_training_stream_visits_every_row_once_an_epoch(reader):
+    data = common.Data("x", "qa", ROWS, [], [])
+    stream = data.train_rows(0, 0, 36)
+    assert all(
+        sorted(r["question"] for r in stream[e : e + 12]) == sorted(r["question"] for r in ROWS) for e in (0, 12, 24)
+    )
+    assert stream[:12] != stream[12:24] != stream[24:]
+    assert data.train_rows(0, 17, 9) == stream[17:26]  # a function of the position: resuming replays nothing
+    assert data.train_rows(1, 0, 12) != stream[:12]
+    unlimited = common.Data("tiny", "qa", None, [], [])
+    assert unlimited.train_rows(3, 5, 2) == [world.make_example("train", 3, 5), world.make_example("train", 3, 6)]
+
+
+def test_a_text_is_cut_into_windows_and_split_by_place(reader, tmp_path):
+    text = " ".join(row["context"] for row in world.make_examples("train", 60))
+    data = common.load_data(write(tmp_path / "a.txt", text), reader, 1000)
+    assert data.kind == "text"
+    rows = data.train + data.validation + data.test
+    assert all(row["ids"][0] == reader.tokenizer.bos_token_id for row in rows)
+    assert "".join(reader.tokenizer.decode(row["ids"], skip_special_tokens=True) for row in rows) == text
+    batch = common.make_batch(reader, data.test[:2])
+    assert (batch.sent.sum(1) == batch.attention.sum(1)).all()  # all of a text travels, and each next token is a target
+    assert batch.labels[0, 0] == data.test[0]["ids"][1]
+
+
+BAD_FILES = {
+    "empty.json": (b"", "empty"),
+    "blank.txt": (b" \n\n", "empty"),
+    "latin1.txt": ("é".encode("latin-1") * 50, "not UTF-8"),
+    "broken.json": (b'{"data": [\n {"x": }]}', "line 2"),
+    "other.json": (b'{"rows": []}', "SQuAD v1.1 layout"),
+    "noanswers.json": (
+        b'{"data":[{"paragraphs":[{"context":"c","qas":[{"question":"q","answers":[]}]}]}]}',
+        "no question has",
+    ),
+    "broken.jsonl": (b'{"context":"c","question":"q","answers":["a"]}\n{"context":', "line 2"),
+    "fields.jsonl": (b'{"context":"c","question":"q"}\n', "line 1"),
+    "single.jsonl": (b'{"context":"c","question":"q","answers":["a"]}\n', "too few"),
+    "short.txt": (b"hello", "at least"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_clear_line(reader, tmp_path, name):
+    content, expected = BAD_FILES[name]
+    path = write(tmp_path / name, content)
+    with pytest.raises(common.UserError, match=expected) as caught:
+        common.load_data(path, reader, 10)
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_squad_is_fetched_once_checked_and_never_half_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    payload = squad_json(3).encode()
+    source = Path(write(tmp_path / "source.json", payload))
+    good = (source.as_uri(), len(payload), hashlib.sha256(payload).hexdigest())
+    monkeypatch.setattr(common, "SQUAD", {"dev.json": good})
+    (path,) = common.fetch_squad()
+    assert path.read_bytes() == payload
+    source.unlink()
+    assert common.fetch_squad() == [path]  # from the cache now
+    path.write_bytes(payload[:-1])
+    with pytest.raises(common.UserError, match="delete it"):
+        common.fetch_squad()
+    path.unlink()
+    with pytest.raises(common.UserError, match="cannot fetch"):
+        common.fetch_squad()
+    source.write_bytes(payload + b" ")
+    with pytest.raises(common.UserError, match="not the official file"):
+        common.fetch_squad()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_the_official_dev_file_is_the_one_we_check_for():
+    path = need(SHARED / "data" / "squad" / "dev-v1.1.json")
+    _, size, sha256 = common.SQUAD["dev-v1.1.json"]
+    payload = path.read_bytes()
+    assert len(payload) == size and hashlib.sha256(payload).hexdigest() == sha256
+    rows = common.read_squad(path)
+    assert len(rows) == 10_570 and max(len(row["answers"]) for row in rows) > 1
+
+
+# --- bytes and files
+
+
+def test_byte_baselines(reader):
+    texts = ["aaaa" * 10, string.ascii_letters]
+    baselines = common.byte_baselines(reader, texts, [[1] * 7, [2] * 8])  # V = 1024: 10 bits a token
+    assert baselines["text_bytes"] == (40 + 52) / 2 and baselines["packed_token_bytes"] == (9 + 10) / 2
+    assert baselines["zlib_bytes"] < 46
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    common.write_atomically(path, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common.os, "replace", full)
+    with pytest.raises(OSError):
+        common.write_atomically(path, b"new")
+    with pytest.raises(OSError):
+        common.save_checkpoint(path, {"a": 1})
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,395 @@
+"""Stage 1 as its users run it: results, bad input, resuming, and what must never be fudged."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import HERE, SHARED, Run, need, run_stage, save_random_llm
+
+import common
+import stage1_pca_adapter as stage1
+
+RUN_FILES = {"wire.safetensors", "config.json", "metrics.jsonl", "samples.md", "report.png"}
+QUICK = ("--steps", "4", "--batch-size", "4", "--eval-examples", "8")
+
+
+def without_times(result: dict) -> dict:
+    return {key: value for key, value in result.items() if key not in ("train_seconds", "eval_seconds")}
+
+
+def subprocess_stage(*flags: str, timeout: int = 120) -> Run:
+    done = subprocess.run(
+        [sys.executable, "stage1_pca_adapter.py", *map(str, flags)],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+# --- the promise
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-qwen"])
+def test_smoke_run_ends_with_a_table_and_the_contract_json(model, tmp_path):
+    run = subprocess_stage("--smoke", "--model", model, "--out", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == RUN_FILES | {"checkpoint.pt"}
+    result = run.result
+    assert list(result) == common.RESULT_KEYS
+    assert result["f1"] >= 90 and result["text_f1"] >= 90  # 12 steps on 40 rows: the codebook starts close
+    assert result["no_context_f1"] < 25 and result["shuffled_f1"] < 25
+    assert result["truncated_f1"] == result["text_f1"]  # stage 1 has as many positions as the text
+    # count + L codes of d/8 float16 numbers, and nothing else
+    width = {"tiny": 24, "tiny-qwen": 20}[model]
+    assert result["wire_bytes"] == pytest.approx(4 + result["positions"] * width * 2)
+    assert result["wire_bytes"] > result["text_bytes"] and "LARGER than the text" in run.stdout
+    assert "answers are those from text" in run.stdout
+    samples = (tmp_path / "out" / "samples.md").read_text()
+    assert samples.count("\n|") >= 20
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage1-qwen"])
+def test_shipped_wire_reproduces_its_row(name, tmp_path):
+    wire = HERE / "tiny" / "wires" / name
+    shipped = json.loads((wire / "config.json").read_text())
+    run = run_stage(stage1, "--eval-only", wire, "--eval-examples", "200", "--out", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    assert run.result["model"] == shipped["model"] and run.result["steps"] == shipped["metrics"]["steps"]
+    assert run.result["retention"] >= 99 and run.result["text_f1"] >= 93
+    assert shipped["metrics"]["examples"] == 1000 and shipped["metrics"]["retention"] >= 99
+    saved, again = (safetensors.torch.load_file(path / "wire.safetensors") for path in (wire, tmp_path / "out"))
+    assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
+
+
+def test_the_llm_is_bit_identical_after_training(tmp_path, monkeypatch):
+    readers, hashes = [], []
+
+    def digest(model) -> str:
+        tensors = sorted(model.state_dict().items())
+        return hashlib.sha256(b"".join(n.encode() + t.numpy().tobytes() for n, t in tensors)).hexdigest()
+
+    def load(*args):
+        readers.append(original(*args))
+        hashes.append((digest(readers[-1].model), readers[-1].table.clone()))
+        return readers[-1]
+
+    original = common.load_reader
+    monkeypatch.setattr(common, "load_reader", load)
+    assert run_stage(stage1, *QUICK, "--out", tmp_path / "out").code == 0
+    assert digest(readers[0].model) == hashes[0][0]
+    assert torch.equal(readers[0].table, hashes[0][1])
+
+
+@pytest.mark.parametrize("adapter", ["linear", "mlp", "codebook"])
+def test_same_seed_same_json(adapter, tmp_path):
+    flags = (*QUICK, "--adapter", adapter, "--seed", "5")
+    first, second = (run_stage(stage1, *flags, "--out", tmp_path / str(i)) for i in range(2))
+    assert first.code == second.code == 0, first.stderr + second.stderr
+    assert without_times(first.result) == without_times(second.result)
+    wires = [(tmp_path / str(i) / "wire.safetensors").read_bytes() for i in range(2)]
+    assert wires[0] == wires[1]
+    other = run_stage(stage1, *QUICK, "--adapter", adapter, "--seed", "6", "--out", tmp_path / "2")
+    assert (tmp_path / "2" / "wire.safetensors").read_bytes() != wires[0] and other.code == 0
+
+
+def test_micro_batches_do_not_change_the_result(tmp_path):
+    whole = run_stage(stage1, *QUICK, "--adapter", "linear", "--kd-weight", "1", "--out", tmp_path / "a")
+    parts = run_stage(
+        stage1, *QUICK, "--adapter", "linear", "--kd-weight", "1", "--micro-batch-size", "2", "--out", tmp_path / "b"
+    )
+    assert whole.code == parts.code == 0
+    one, two = (safetensors.torch.load_file(tmp_path / name / "wire.safetensors") for name in "ab")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=2e-3)
+
+
+def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
+    flags = (*QUICK, "--adapter", "mlp")
+    assert run_stage(stage1, *flags, "--out", tmp_path / "whole").code == 0
+    save = common.save_checkpoint
+
+    def save_then_stop(path, payload):
+        save(path, payload)
+        if payload["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_checkpoint", save_then_stop)
+    assert run_stage(stage1, *flags, "--out", tmp_path / "broken").code == 130
+    monkeypatch.setattr(common, "save_checkpoint", save)
+    other = run_stage(stage1, *flags, "--lr", "0.1", "--resume", "--out", tmp_path / "broken")
+    assert other.code == 2 and "--lr 0.003" in other.stderr
+    resumed = run_stage(stage1, *flags, "--resume", "--out", tmp_path / "broken")
+    assert resumed.code == 0 and "resumed at step 2" in resumed.stdout
+    wires = [(tmp_path / name / "wire.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert wires[0] == wires[1]
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text().split("\n") for name in ("whole", "broken")]
+    assert [json.loads(m)["step"] for m in metrics[1] if m] == [json.loads(m)["step"] for m in metrics[0] if m]
+
+
+# --- the message
+
+
+@pytest.fixture(scope="module")
+def parts():
+    reader = common.load_reader("tiny", torch.device("cpu"), torch.float32)
+    data = common.load_data("tiny", reader, 8)
+    counts = common.token_counts(reader, data, 0)
+    return reader, data, counts
+
+
+@pytest.mark.parametrize("rms", ["constant", "sent"])
+def test_the_receiver_uses_the_message_and_nothing_else(parts, rms):
+    reader, _, counts = parts
+    pca = common.fit_pca(reader.table, counts).first(24)
+    wire = stage1.Wire(reader, pca, rms, torch.tensor(0.05))
+    wire.adapter = stage1.Adapter("linear", pca, reader.table, wire.codes, counts)
+    ids = [5, 300, 7, 7, 1000]
+    message = wire.send(ids)
+    assert len(message) == 4 + 5 * 24 * 2 + (5 * 2 if rms == "sent" else 0)
+    received = wire.receive(message)
+    target = reader.table[ids].square().mean(1).sqrt() if rms == "sent" else torch.full((5,), 0.05)
+    torch.testing.assert_close(received.square().mean(1).sqrt(), target, rtol=2e-3, atol=0)
+    torch.testing.assert_close(received, wire.adapter(wire.codes[ids], wire.target_rms(torch.tensor(ids))))
+    wire.codes, wire.rms = wire.codes * 0, wire.rms * 0  # a receiver that peeks at the sender's tables would change
+    torch.testing.assert_close(wire.receive(message), received)
+
+
+def test_the_identity_wire_rebuilds_the_embeddings(parts):
+    reader, _, counts = parts
+    full = common.fit_pca(reader.table, counts)
+    wire = stage1.Wire(reader, full, "sent", torch.tensor(1.0), code_format="<f4")
+    wire.adapter = stage1.Adapter("linear", full, reader.table, wire.codes, counts)
+    ids = list(range(0, 1024, 3))
+    torch.testing.assert_close(wire.receive(wire.send(ids)), reader.table[ids], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "codebook"])
+def test_every_adapter_starts_at_the_pca_and_every_parameter_learns(parts, kind):
+    reader, _, counts = parts
+    pca = common.fit_pca(reader.table, counts).first(24)
+    wire = stage1.Wire(reader, pca, "constant", torch.tensor(0.05))
+    inverse = stage1.Adapter("linear", pca, reader.table, wire.codes, counts)
+    adapter = stage1.Adapter(kind, pca, reader.table, wire.codes, counts)
+    ids = counts.topk(50).indices
+    out = adapter(wire.codes[ids], torch.tensor(0.05))
+    expected = wire.codes[ids] @ pca.components.T + pca.mean
+    if kind == "codebook":
+        cosine = torch.nn.functional.cosine_similarity(out, reader.table[ids])
+        assert (cosine > torch.nn.functional.cosine_similarity(expected, reader.table[ids])).all()
+        assert (cosine > 0.9).all()
+    else:
+        torch.testing.assert_close(out, 0.05 * expected / expected.square().mean(1, keepdim=True).sqrt())
+        torch.testing.assert_close(out, inverse(wire.codes[ids], torch.tensor(0.05)))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    (adapter(wire.codes[ids], torch.tensor(0.05)) * torch.randn(50, 192)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+
+
+# --- real weights, and questions they cannot answer
+
+
+def test_real_pretrained_weights_on_text(tmp_path):
+    model = need(SHARED / "models" / "stories260k")
+    text = need(SHARED / "data" / "text" / "tinystories_sample.txt").read_text()[:30_000]
+    (tmp_path / "stories.txt").write_text(text)
+    flags = (
+        "--model",
+        model,
+        "--data",
+        tmp_path / "stories.txt",
+        "--code-dim",
+        "8",
+        "--steps",
+        "4",
+        "--batch-size",
+        "4",
+    )
+    run = run_stage(stage1, *flags, "--out", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    result = run.result
+    assert result["f1"] is None and result["retention"] is None
+    assert 1.5 < result["nll_text"] < 2.5 and result["nll_text"] < result["nll_wire"] < 4
+    assert result["positions"] == result["text_positions"] > 100
+
+
+def test_a_model_that_cannot_answer_is_said_to(tmp_path):
+    model, data = need(SHARED / "models" / "stories260k"), need(SHARED / "data" / "squad" / "dev-v1.1.json")
+    flags = ("--model", model, "--data", data, "--steps", "1", "--batch-size", "2", "--eval-examples", "4")
+    run = run_stage(stage1, *flags, "--out", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    assert run.result["text_f1"] < 10 and "does not answer these questions from the text either" in run.stdout
+    assert "exceed 512 tokens" in run.stdout
+
+
+# --- bad input: one line, exit code 2, nothing written
+
+
+def assert_refused(run: Run, expected: str, out: Path) -> None:
+    assert run.code == 2, (run.code, run.stdout, run.stderr)
+    lines = run.stderr.strip().split("\n")
+    assert len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0], run.stderr
+    assert not out.exists()
+
+
+REFUSED = [
+    (("--model", "lama"), "aliases are tiny"),
+    (("--model", "./nowhere"), "no such alias, hub id or directory"),
+    (("--data", "nothing.json"), "no such file"),
+    (("--code-dim", "193"), "above the embedding width"),
+    (("--code-dim", "0"), "at least 1"),
+    (("--code-dim", "x"), "--code-dim"),
+    (("--batch-size", "8", "--micro-batch-size", "3"), "multiple"),
+    (("--steps", "-1"), "--steps"),
+    (("--lr", "nan"), "--lr"),
+    (("--lr", "1e38"), "diverges"),
+    (("--seed", "1.5"), "--seed"),
+    (("--kd-weight", "-1"), "--kd-weight"),
+    (("--adapter", "pca"), "--adapter"),
+    (("--ste", "3"), "--ste"),
+    (("--frobnicate",), "--frobnicate"),
+    (("--resume",), "--resume"),
+    (("--resume", "--eval-only", "x"), "--resume"),
+    (("--eval-only", "tests"), "not a trained wire"),
+    (("--eval-only", "tiny/wires/stage1", "--model", "tiny-qwen"), "--model tiny"),
+    (("--eval-only", "tiny/wires/stage1", "--code-dim", "12"), "--code-dim 24"),
+    (("--eval-only", "tiny/wires/stage1", "--adapter", "linear"), "--adapter codebook"),
+]
+
+
+@pytest.mark.parametrize("flags,expected", REFUSED, ids=[" ".join(flags) for flags, _ in REFUSED])
+def test_bad_input_is_one_line_and_exit_code_2(flags, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(HERE)
+    assert_refused(run_stage(stage1, *flags, "--out", tmp_path / "out"), expected, tmp_path / "out")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_an_absent_device_is_refused(device, tmp_path):
+    if {"cuda": torch.cuda, "mps": torch.backends.mps}[device].is_available():
+        pytest.skip(f"this machine has {device}")
+    assert_refused(
+        run_stage(stage1, "--device", device, "--out", tmp_path / "out"), f"--device {device}", tmp_path / "out"
+    )
+
+
+def test_bad_model_directories(tmp_path, random_llm):
+    def copy_without(name: str, *dropped: str) -> Path:
+        directory = tmp_path / name
+        directory.mkdir()
+        for path in random_llm.iterdir():
+            if not any(path.match(pattern) for pattern in dropped):
+                (directory / path.name).write_bytes(path.read_bytes())
+        return directory
+
+    out = tmp_path / "out"
+    cases = {
+        copy_without("noweights", "*.safetensors"): "no weights",
+        copy_without("notokenizer", "tokenizer.json"): "no tokenizer",
+        copy_without("noconfig", "config.json"): "no config.json",
+    }
+    pickled = copy_without("pickled", "*.safetensors")
+    (pickled / "pytorch_model.bin").write_bytes(b"x")
+    cases[pickled] = "pickled weights"
+    broken = copy_without("broken")
+    (broken / "model.safetensors").write_bytes(b"garbage")
+    cases[broken] = "does not load"
+    remote = copy_without("remote")
+    config = json.loads((remote / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}}
+    (remote / "config.json").write_text(json.dumps(config))
+    (remote / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    cases[remote] = "does not load"
+    for directory, expected in cases.items():
+        assert_refused(run_stage(stage1, "--model", directory, "--out", out), expected, out)
+    assert not (tmp_path / "ran").exists()  # code that comes with a model is never run
+
+
+def test_hub_failures_name_the_remedy(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fail_with(error):
+        def snapshot_download(*_, **__):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return run_stage(stage1, "--model", "llama-3.1-8b", "--out", tmp_path / "out")
+
+    response = Mock(headers={}, status_code=403)
+    gated = fail_with(errors.GatedRepoError("gated", response=response))
+    assert_refused(gated, "https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct is gated", tmp_path / "out")
+    assert "HF_TOKEN" in gated.stderr and "local directory" in gated.stderr
+    missing = fail_with(errors.RepositoryNotFoundError("missing", response=response))
+    assert_refused(missing, "does not exist or is private", tmp_path / "out")
+    assert_refused(fail_with(errors.LocalEntryNotFoundError("offline")), "cannot reach", tmp_path / "out")
+    assert_refused(fail_with(ConnectionError("no route")), "cannot reach", tmp_path / "out")
+
+
+def test_a_wire_of_another_llm_is_refused(random_llm, tmp_path):
+    made = run_stage(stage1, *QUICK, "--model", random_llm, "--out", tmp_path / "wire")
+    assert made.code == 0, made.stderr
+    config = json.loads((tmp_path / "wire" / "config.json").read_text())
+    config["model"] = str(save_random_llm(tmp_path / "b", _other_config(random_llm), random_llm))
+    (tmp_path / "wire" / "config.json").write_text(json.dumps(config))
+    run = run_stage(stage1, "--eval-only", tmp_path / "wire", "--out", tmp_path / "out")
+    assert_refused(run, "trained for another LLM", tmp_path / "out")
+
+
+def _other_config(directory: Path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory)
+    config.initializer_range = 0.05
+    return config
+
+
+@pytest.mark.parametrize("target", ["file", "under-file"])
+def test_an_unwritable_out_is_refused(target, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    out = tmp_path / "file" if target == "file" else tmp_path / "file" / "below"
+    run = run_stage(stage1, *QUICK, "--out", out)
+    assert run.code == 2 and run.stderr.count("\n") == 1 and "--out" in run.stderr
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, random_llm, monkeypatch):
+    out, original, calls = tmp_path / "out", common.answer_logits, []
+
+    def answer_logits(*args):
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(common, "answer_logits", answer_logits)
+    run = run_stage(stage1, *QUICK, "--model", random_llm, "--out", out)
+    assert run.code == 2 and run.stderr.count("\n") == 1
+    assert "not a number at step 4" in run.stderr and "checkpoint of step 3 is kept" in run.stderr
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 3 and not (out / "wire.safetensors").exists()
+    assert all(torch.isfinite(tensor).all() for tensor in saved["adapter"].values())
+
+
+def test_out_of_memory_suggests_smaller_micro_batches(tmp_path, monkeypatch):
+    def answer_logits(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(common, "answer_logits", answer_logits)
+    run = run_stage(stage1, *QUICK, "--out", tmp_path / "out")
+    assert run.code == 2 and "--micro-batch-size" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "wire.safetensors")
+
+    monkeypatch.setattr(common, "save_wire", full)
+    run = run_stage(stage1, *QUICK, "--out", tmp_path / "out")
+    assert run.code == 2 and "No space left on device" in run.stderr and run.stderr.count("\n") == 1
