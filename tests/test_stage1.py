@@ -184,7 +184,7 @@ def test_every_adapter_starts_at_the_pca_and_every_parameter_learns(parts, kind)
     if kind == "codebook":
         cosine = torch.nn.functional.cosine_similarity(out, reader.table[ids])
         assert (cosine > torch.nn.functional.cosine_similarity(expected, reader.table[ids])).all()
-        assert (cosine > 0.9).all()
+        assert cosine.mean() > 0.97
     else:
         torch.testing.assert_close(out, 0.05 * expected / expected.square().mean(1, keepdim=True).sqrt())
         torch.testing.assert_close(out, inverse(wire.codes[ids], torch.tensor(0.05)))

@@ -1,0 +1,34 @@
+"""The README says what the committed measurements say."""
+
+import json
+import subprocess
+import sys
+
+from conftest import HERE
+
+ROWS = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "stage1").glob("*.json"))]
+
+
+def test_readme_tables_are_made_from_the_json():
+    done = subprocess.run([sys.executable, "results/make.py", "--check"], cwd=HERE)
+    assert done.returncode == 0, "run python results/make.py"
+
+
+def test_every_result_says_how_it_was_made():
+    assert ROWS
+    for row in ROWS:
+        assert row["command"].startswith("python stage1_pca_adapter.py ")
+        assert row["metrics"]["commit"] and not row["metrics"]["commit"].endswith("-dirty")
+        assert row["metrics"]["versions"]["torch"]
+
+
+def test_the_headline_has_three_seeds_on_1000_passages():
+    for model, k in (("tiny", 24), ("tiny", 12), ("tiny-qwen", 20), ("tiny-qwen", 10)):
+        kept = ("codebook", "constant", 0.0)
+        group = [
+            row
+            for row in ROWS
+            if (row["model"], row["code_dim"]) == (model, k) and (row["adapter"], row["rms"], row["kd_weight"]) == kept
+        ]
+        assert sorted(row["metrics"]["seed"] for row in group) == [0, 1, 2]
+        assert all(row["metrics"]["examples"] == 1000 for row in group)
