@@ -6,7 +6,9 @@ Letters: N tokens, B batch, T padded length, L tokens of a prompt, V vocabulary,
 """
 
 import argparse
+import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -167,17 +169,24 @@ def settle_arguments(args: argparse.Namespace, defaults: dict, saved_config: dic
             setattr(args, key, default if given is None else given)
         elif given is None:
             setattr(args, key, saved_config[key])
+        elif key == "model" and (MODELS.get(given) == MODELS.get(saved_config[key], "") or Path(given).is_dir()):
+            continue  # another name of the same model, or a directory: the fingerprint decides
         elif given != saved_config[key] and key != "data":
-            same_model = key == "model" and MODELS.get(given, given) == MODELS.get(saved_config[key], saved_config[key])
-            if not same_model:
-                flag = "--" + key.replace("_", "-")
-                raise UserError(
-                    f"{flag} {given}: the wire in {args.eval_only} was trained with {flag} {saved_config[key]}"
-                )
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"{flag} {given}: the wire in {args.eval_only} was trained with {flag} {saved_config[key]}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
 def run(main: Callable[[], None]) -> None:
     """Call a stage's main(); a UserError, a full disk or lack of memory ends in one line and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what a Windows pipe cannot
     try:
         main()
     except UserError as error:
@@ -190,10 +199,10 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error.strerror or error}: {error.filename or 'while reading or writing'}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not out_of_memory and "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        print("error: out of memory: use a smaller --micro-batch-size (the result stays the same)", file=sys.stderr)
+        remedy = "use a smaller --micro-batch-size; with --resume it goes on from the last checkpoint"
+        print(f"error: out of memory: {remedy}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -267,6 +276,11 @@ class Reader:
     dtype: torch.dtype
 
     @property
+    def prompt_tokens(self) -> int:
+        """The longest prompt, with room for the answer."""
+        return self.context_tokens - MAX_NEW_TOKENS
+
+    @property
     def eos_ids(self) -> list[int]:
         """Tokens that end an answer (an instruct model may have several)."""
         listed = self.model.generation_config.eos_token_id
@@ -281,27 +295,20 @@ def find_model(name: str) -> Path:
     """
     known = ", ".join(MODELS)
     target = MODELS.get(name, name)
-    if target.startswith("tiny/"):
+    if name in MODELS and target.startswith("tiny/"):
         return HERE / target
-    if Path(target).is_dir():
-        return Path(target)
-    if target.startswith((".", "/", "~")) or target.count("/") != 1 or Path(target).exists():
+    local = Path(target).expanduser()
+    if local.is_dir():
+        return local
+    if target.startswith((".", "/", "~")) or target.count("/") != 1 or "\\" in target or local.exists():
         raise UserError(f"--model {name}: no such alias, hub id or directory; the aliases are {known}")
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
     address = f"https://huggingface.co/{target}"
     try:
-        wanted = [
-            "*.safetensors",
-            "*.safetensors.index.json",
-            "*.json",
-            "tokenizer*",
-            "*.model",
-            "merges.txt",
-            "*.jinja",
-        ]
-        return Path(snapshot_download(target, allow_patterns=wanted, ignore_patterns=["original/*", "*.pth", "*.bin"]))
+        wanted = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "*.jinja"]
+        return Path(snapshot_download(target, allow_patterns=wanted, ignore_patterns=["original/*", "consolidated*"]))
     except hub_errors.GatedRepoError:
         raise UserError(
             f"--model {name}: {address} is gated: ask for access there, then set HF_TOKEN, or give a local directory"
@@ -311,6 +318,8 @@ def find_model(name: str) -> Path:
             f"--model {name}: {address} does not exist or is private (set HF_TOKEN); the aliases are {known}"
         ) from None
     except Exception as error:  # the hub's client raises its HTTP library's errors too, and that library has changed
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         raise UserError(
             f"--model {name}: cannot reach {address} and it is not in the cache ({type(error).__name__}); "
             "go online once, or give a local directory with config.json, *.safetensors and tokenizer.json"
@@ -333,23 +342,35 @@ def load_reader(name: str, device: torch.device, dtype: torch.dtype) -> Reader:
                 f"--model {name}: {directory} has only pickled weights ({pickled[0]}), which can run code when loaded; "
                 "convert them with save_pretrained(safe_serialization=True)"
             )
-        raise UserError(f"--model {name}: {directory} has no weights (*.safetensors)")
+        raise UserError(f"--model {name}: {directory} has no weights in *.safetensors (pickled ones are never loaded)")
     if not files & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         raise UserError(f"--model {name}: {directory} has no tokenizer (tokenizer.json)")
     transformers.utils.logging.disable_progress_bar()  # stderr is for errors
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            output_loading_info=True,
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         line = str(error).strip().split("\n")[0][:200]
         raise UserError(f"--model {name}: {directory} does not load as a causal LM: {line}") from None
+    if loaded["missing_keys"]:  # transformers would leave them random
+        missing = sorted(loaded["missing_keys"])
+        raise UserError(f"--model {name}: the weights in {directory} lack {missing[0]} ({len(missing)} missing in all)")
+    # greedy means greedy: a repetition penalty from the model's own file would punish copying, but only from text
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.requires_grad_(False)  # frozen: only what a stage builds itself is ever trained
     model.eval().to(device)
     table = embedding_table(model)
     context_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-    return Reader(name, model, tokenizer, table, context_tokens, fingerprint(model, table), device, dtype)
+    return Reader(name, model, tokenizer, table, context_tokens, fingerprint(model), device, dtype)
 
 
 @torch.no_grad()
@@ -365,14 +386,14 @@ def embedding_table(model: torch.nn.Module) -> Tensor:
     return torch.cat([module(part).float() for part in ids.split(8192)])
 
 
-def fingerprint(model: torch.nn.Module, table: Tensor) -> str:
-    """16 hex digits that tell one LLM from another: embedding table, every norm and bias, and the architecture.
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits that tell one LLM from another: the token embeddings, and the first 4096 numbers of every tensor.
 
     Hashed as bfloat16, so that a float32 and a bfloat16 load of the same weights agree.
     """
-    digest = hashlib.sha256(f"{type(model).__name__} {tuple(table.shape)}".encode())
-    small = [p for _, p in sorted(model.named_parameters()) if p.ndim == 1]
-    for tensor in [table, *small]:
+    digest = hashlib.sha256(type(model).__name__.encode())
+    parts = [p.flatten()[:4096] for _, p in sorted(model.named_parameters())]
+    for tensor in [model.get_input_embeddings().weight, *parts]:
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -489,6 +510,15 @@ def _text_data(name: str, text: str, reader: Reader, eval_examples: int) -> Data
     )
 
 
+def encodes(row: dict) -> bool:
+    """False where a JSON escape left half a surrogate pair, which is a Python string but no Unicode text."""
+    try:
+        "".join([row["context"], row["question"], *row["answers"]]).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_squad(path: Path, text: str | None = None) -> list[dict]:
     """Rows of a SQuAD v1.1 JSON file. Raises UserError if it is malformed or has no answered question."""
     text = path.read_text(encoding="utf-8") if text is None else text
@@ -496,6 +526,8 @@ def read_squad(path: Path, text: str | None = None) -> list[dict]:
         parsed = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"--data {path}: line {error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"--data {path}: JSON, but nested too deeply to be SQuAD") from None
     rows = []
     try:
         for article in parsed["data"]:
@@ -513,6 +545,9 @@ def read_squad(path: Path, text: str | None = None) -> list[dict]:
         ) from None
     if not rows:
         raise UserError(f"--data {path}: no question has an answer, so there is nothing to score against")
+    for row in rows:
+        if not encodes(row):
+            raise UserError(f"--data {path}: half a surrogate pair in the row of question {row['question']!a:.80}")
     return rows
 
 
@@ -524,8 +559,9 @@ def read_jsonl(path: Path, text: str) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--data {path}: line {number}: not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deeply")
+            raise UserError(f"--data {path}: line {number}: not JSON ({reason})") from None
         good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("context", "question"))
         answers = row.get("answers") if good else None
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
@@ -533,6 +569,8 @@ def read_jsonl(path: Path, text: str) -> list[dict]:
                 f'--data {path}: line {number}: want {{"context": str, "question": str, "answers": [str, ...]}}'
             )
         rows.append({"context": row["context"], "question": row["question"], "answers": answers})
+        if not encodes(rows[-1]):
+            raise UserError(f"--data {path}: line {number}: half a surrogate pair, which is no text")
     if not rows:
         raise UserError(f"--data {path}: the file is empty")
     return rows
@@ -581,7 +619,10 @@ def prompt_text(reader: Reader, context: str, question: str) -> str:
     if not reader.tokenizer.chat_template:
         return plain
     chat = [{"role": "user", "content": f"{INSTRUCTION}\n\n{plain.removesuffix(chr(10) + 'Answer:')}"}]
-    return reader.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    # some templates write today's date into the prompt: a fixed one keeps runs comparable
+    return reader.tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, enable_thinking=False, date_string="26 Jul 2024"
+    )
 
 
 def tokenize(reader: Reader, prompt: str) -> list[int]:
@@ -601,7 +642,7 @@ def make_prompt(reader: Reader, context: str, question: str, max_tokens: int | N
 
     Only the context is ever cut, from its end. Raises UserError if the question alone does not fit.
     """
-    limit = reader.context_tokens - MAX_NEW_TOKENS if max_tokens is None else max_tokens
+    limit = reader.prompt_tokens if max_tokens is None else max_tokens
     text = prompt_text(reader, context, question)
     ids = tokenize(reader, text)
     if len(ids) <= limit:
@@ -615,6 +656,21 @@ def make_prompt(reader: Reader, context: str, question: str, max_tokens: int | N
         low, high = (middle, high) if fits else (low, middle - 1)
     text = prompt_text(reader, context[:low], question)
     return Prompt(text, tokenize(reader, text), True)
+
+
+def truncated_prompt(reader: Reader, row: dict, max_tokens: int) -> Prompt:
+    """The prompt of a row in max_tokens tokens, or its question alone where not even that fits."""
+    question = make_prompt(reader, "", row["question"])
+    if len(question.ids) >= max_tokens:
+        return question
+    return make_prompt(reader, row["context"], row["question"], max_tokens)
+
+
+def check_questions(reader: Reader, data: Data) -> None:
+    """Raises UserError now, not in mid-training, if a question alone does not fit into the LLM's context."""
+    for row in [*(data.train or []), *data.validation, *data.test]:
+        if data.kind == "qa" and 2 * len(row["question"].encode()) > reader.prompt_tokens:  # a token is at least a byte
+            make_prompt(reader, "", row["question"])
 
 
 def answer_ids(reader: Reader, prompt: Prompt, answer: str) -> list[int]:
@@ -645,8 +701,7 @@ def make_batch(reader: Reader, rows: list[dict]) -> Batch:
         if "ids" in row:
             sequences.append((row["ids"], len(row["ids"]), 1))
         else:
-            room = reader.context_tokens - MAX_NEW_TOKENS
-            prompt = make_prompt(reader, row["context"], row["question"], room)
+            prompt = make_prompt(reader, row["context"], row["question"])
             answer = answer_ids(reader, prompt, row["answers"][0])[:MAX_NEW_TOKENS]
             sequences.append((prompt.ids + answer, len(prompt.ids), len(prompt.ids)))
     width = max(len(ids) for ids, _, _ in sequences)
@@ -783,14 +838,14 @@ def fit_pca(table: Tensor, counts: Tensor) -> PCA:
     embeddings, at a cost that does not grow with the corpus. float64 on the CPU; the sign of a component makes its
     largest entry positive. Returned on the table's device.
     """
-    weights = counts.double().cpu() / counts.sum().item()
+    weights = counts.cpu().double() / counts.sum().item()
     used = weights.nonzero()[:, 0]  # tokens that never occur weigh nothing
     mean = torch.zeros(table.shape[1], dtype=torch.float64)
     covariance = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
     for rows in used.split(8192):
-        mean += weights[rows] @ table[rows.to(table.device)].double().cpu()
+        mean += weights[rows] @ table[rows.to(table.device)].cpu().double()
     for rows in used.split(8192):
-        centred = table[rows.to(table.device)].double().cpu() - mean
+        centred = table[rows.to(table.device)].cpu().double() - mean
         covariance += (centred * weights[rows, None]).T @ centred
     variances, vectors = torch.linalg.eigh(covariance)  # ascending
     variances, vectors = variances.flip(0).clamp_min(0), vectors.flip(1)
@@ -808,6 +863,9 @@ def token_counts(reader: Reader, data: Data, seed: int, passages: int = 2000) ->
         lists = reader.tokenizer(prompts, add_special_tokens=not reader.tokenizer.chat_template, verbose=False)[
             "input_ids"
         ]
+        cut = sum(len(ids) > reader.prompt_tokens for ids in lists)
+        if cut:
+            print(f"note: {cut} of {len(rows)} training prompts exceed {reader.prompt_tokens} tokens: context cut")
     flat = torch.tensor([token for ids in lists for token in ids])
     return torch.bincount(flat, minlength=len(reader.table))
 
@@ -866,7 +924,9 @@ def evaluate(reader: Reader, data: Data, batch_size: int, send: Send, receive: R
         id_lists, texts = [prompt.ids for prompt in prompts], [prompt.text for prompt in prompts]
         cut = sum(prompt.truncated for prompt in prompts)
         if cut:
-            print(f"note: {cut} of {len(rows)} test passages exceed {reader.context_tokens} tokens: their end is cut")
+            print(
+                f"note: {cut} of {len(rows)} test prompts exceed {reader.prompt_tokens} tokens: context cut at its end"
+            )
     messages = [send(ids) for ids in id_lists]
     positions, cosines = [], []
     for message, ids in zip(messages, id_lists, strict=True):
@@ -881,13 +941,17 @@ def evaluate(reader: Reader, data: Data, batch_size: int, send: Send, receive: R
     metrics["positions"] = sum(positions) / len(rows)
     metrics["text_positions"] = sum(map(len, id_lists)) / len(rows)
     metrics["cosine"] = sum(cosines) / len(cosines) if positions == list(map(len, id_lists)) else None
+    print("  NLL from text and through the wire", flush=True)
     metrics["nll_text"] = mean_nll(reader, rows, batch_size, None, None)
     metrics["nll_wire"] = mean_nll(reader, rows, batch_size, send, receive)
     if data.kind == "text":
         return metrics, [{"question": text, "answers": [], "text": "", "wire": ""} for text in texts]
 
+    print("  answers through the wire", flush=True)
     answers = generate(reader, messages, batch_size, receive)
+    print("  answers from text", flush=True)
     text_answers = generate(reader, id_lists, batch_size)
+    print("  answers without context", flush=True)
     blind = generate(reader, [make_prompt(reader, "", row["question"]).ids for row in rows], batch_size)
     metrics["f1"], metrics["em"] = score(answers, rows)
     metrics["text_f1"], metrics["text_em"] = score(text_answers, rows)
@@ -897,7 +961,7 @@ def evaluate(reader: Reader, data: Data, batch_size: int, send: Send, receive: R
     metrics["shuffled_f1"] = score(answers[1:] + answers[:1], rows)[0] if len(rows) > 1 else None
     # text cut to as many positions as the message takes; where nothing is cut, that is the text itself
     cut_rows = [i for i, ids in enumerate(id_lists) if positions[i] < len(ids)]
-    shorter = [make_prompt(reader, rows[i]["context"], rows[i]["question"], positions[i]).ids for i in cut_rows]
+    shorter = [truncated_prompt(reader, rows[i], positions[i]).ids for i in cut_rows]
     truncated = dict(zip(cut_rows, generate(reader, shorter, batch_size), strict=True)) if cut_rows else {}
     metrics["truncated_f1"] = score([truncated.get(i, text_answers[i]) for i in range(len(rows))], rows)[0]
     metrics["unique_answers"] = len(set(answers))
@@ -939,29 +1003,30 @@ def open_out(name: str) -> Path:
 
 
 def save_checkpoint(path: Path, payload: dict) -> None:
-    """torch.save, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(payload, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """torch.save, atomically. Through memory: torch itself reports a full disk as a bare RuntimeError."""
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path, arguments: dict) -> dict:
-    """The checkpoint of an interrupted run with the same arguments. Raises UserError."""
+def load_checkpoint(path: Path, arguments: dict, llm_fingerprint: str) -> dict:
+    """The checkpoint of an interrupted run with the same arguments on the same LLM. Raises UserError.
+
+    What does not change the result may differ: where it runs, how much fits into memory, how much is evaluated.
+    """
     if not path.exists():
         raise UserError(f"--resume: {path} does not exist; start without --resume")
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
+        made_with, made_for = saved["arguments"], saved["fingerprint"]
     except Exception as error:
         raise UserError(f"--resume: {path} cannot be read ({type(error).__name__}); start without --resume") from None
-    differ = [key for key, value in arguments.items() if saved["arguments"].get(key) != value]
-    if differ:
-        key = differ[0]
-        flag = "--" + key.replace("_", "-")
-        raise UserError(f"--resume: {path} was made with {flag} {saved['arguments'].get(key)}, not {arguments[key]}")
+    for key, value in arguments.items():
+        if key not in ("device", "micro_batch_size", "eval_examples") and made_with.get(key) != value:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"--resume: {path} was made with {flag} {made_with.get(key)}, not {value}")
+    if made_for != llm_fingerprint:
+        raise UserError(f"--resume: {path} was made with another LLM (fingerprint {made_for}, not {llm_fingerprint})")
     return saved
 
 
@@ -972,29 +1037,24 @@ def save_wire(out: Path, tensors: dict[str, Tensor], config: dict) -> None:
     write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_wire(name: str, stage: str) -> tuple[dict[str, Tensor], dict]:
+def load_wire(name: str, stage: str, config_keys: tuple[str, ...], tensor_keys: tuple[str, ...]) -> tuple[dict, dict]:
     """(tensors, config) of a trained wire. Raises UserError if the directory holds none, or one of another stage."""
     path = Path(name)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(path / "wire.safetensors")
+        missing = [key for key in ("model", "fingerprint", *config_keys) if key not in config]
+        missing += [key for key in tensor_keys if key not in tensors]
+        missing += [f"arguments.{key}" for key in ("seed", "steps") if key not in config.get("arguments", {})]
     except FileNotFoundError as error:
-        raise UserError(
-            f"{name} is not a trained wire: it has no {Path(error.filename or 'wire.safetensors').name}"
-        ) from None
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{name}: its config.json or wire.safetensors cannot be read ({type(error).__name__})"
-        ) from None
+        raise UserError(f"{name} is not a trained wire: no {Path(error.filename or 'wire.safetensors').name}") from None
+    except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{name}: config.json or wire.safetensors cannot be read ({type(error).__name__})") from None
     if config.get("stage") != stage:
         raise UserError(f"{name} is a wire of {config.get('stage')}, not of {stage}")
-    if missing := {"model", "fingerprint", "data", "arguments", "metrics"} - config.keys():
-        raise UserError(f"{name}: its config.json lacks {', '.join(sorted(missing))}")
+    if missing:
+        raise UserError(f"{name}: config.json or wire.safetensors lacks {missing[0]}")
     return tensors, config
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def load_module(module: torch.nn.Module, prefix: str, tensors: dict[str, Tensor], wire: str) -> None:
@@ -1005,6 +1065,10 @@ def load_module(module: torch.nn.Module, prefix: str, tensors: dict[str, Tensor]
         raise UserError(
             f"{wire}: wire.safetensors does not fit its config.json; it may be from another version"
         ) from None
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def append_jsonl(path: Path, row: dict) -> None:
@@ -1034,8 +1098,6 @@ def draw_report(
     path: Path, history: list[dict], title: str, bars: dict[str, float], unit: str, byte_bars: dict
 ) -> None:
     """report.png: the training curves, the score beside its controls, and the bytes beside theirs."""
-    import io
-
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1071,7 +1133,7 @@ class Progress:
 
     def __init__(self, total: int, start: int):
         self.total, self.start, self.began = total, start, time.perf_counter()
-        self.interval = max(1, total // 10)
+        self.interval, self.shown = max(1, total // 10), time.perf_counter()
 
     def show(self, step: int, text: str) -> None:
         elapsed = time.perf_counter() - self.began
@@ -1082,7 +1144,8 @@ class Progress:
             print(
                 f"\r[{'=' * done}{' ' * (24 - done)}] {line}", end="\n" if step == self.total else "\x1b[K", flush=True
             )
-        elif step % self.interval == 0 or step == self.total or step == 1:
+        elif step % self.interval == 0 or step in (1, self.total) or time.perf_counter() - self.shown > 30:
+            self.shown = time.perf_counter()
             print(line, flush=True)
 
 

@@ -100,9 +100,8 @@ class Adapter(nn.Module):
         if kind == "codebook":
             self.table = table  # the LLM's own: not saved with the wire
             self.keys = nn.Parameter(codes / code_scale)  # [V,k]
-            self.log_sharpness = nn.Parameter(
-                torch.tensor(math.log(20 / k))
-            )  # unit variance per dim: 2k apart on average
+            # unit variance a dimension puts two tokens 2k apart on average; 20 / k was too soft to read at the start
+            self.log_sharpness = nn.Parameter(torch.tensor(math.log(100 / k)))
         else:
             self.weight = nn.Parameter(pca.components.T * code_scale / table_rms)  # [k,d]
             self.bias = nn.Parameter(pca.mean / table_rms)  # [d]
@@ -114,9 +113,8 @@ class Adapter(nn.Module):
         """codes: [N,k]; target_rms: scalar or [N,1]. Returns embeddings [N,d]."""
         z = codes / self.code_scale
         if self.kind == "codebook":
-            distance = (
-                self.keys.square().sum(1) - 2 * z @ self.keys.T
-            )  # [N,V] |z - key|^2 less |z|^2, the same for all keys
+            # |z - key|^2 less |z|^2, which is the same for all keys and so drops out of the softmax
+            distance = self.keys.square().sum(1) - 2 * z @ self.keys.T  # [N,V]
             blend = torch.softmax(-0.5 * self.log_sharpness.exp() * distance, dim=-1)
             return adapt(blend, self.table, self.table.new_zeros(self.table.shape[1]), target_rms)
         if self.kind == "mlp":
@@ -177,7 +175,11 @@ def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # setup: arguments, frozen LLM, data
     args = parse_arguments()
-    saved_tensors, saved_config = common.load_wire(args.eval_only, STAGE) if args.eval_only else ({}, None)
+    saved_tensors, saved_config = {}, None
+    if args.eval_only:
+        config_keys = ("embedding_width", *DEFAULTS, "controls", "metrics")
+        tensor_keys = ("mean", "components", "target_rms")
+        saved_tensors, saved_config = common.load_wire(args.eval_only, STAGE, config_keys, tensor_keys)
     common.settle_arguments(args, DEFAULTS, saved_config)
     if saved_config:
         args.seed = saved_config["arguments"]["seed"]
@@ -195,10 +197,10 @@ def main() -> None:
     if k > d:
         raise common.UserError(f"--code-dim {k} is above the embedding width of {args.model}, {d}")
     data = common.load_data(args.data, reader, args.eval_examples)
+    common.check_questions(reader, data)
     run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
     checkpoint_path = Path(args.out) / "checkpoint.pt"
-    resumed = common.load_checkpoint(checkpoint_path, run_arguments) if args.resume else None
-    out = common.open_out(args.out)
+    resumed = common.load_checkpoint(checkpoint_path, run_arguments, reader.fingerprint) if args.resume else None
     print(f"model {args.model}: V {vocabulary}, d {d}, fingerprint {reader.fingerprint}")
     size = "unlimited" if data.train is None else len(data.train)
     print(f"data {args.data} ({data.kind}): {size} training rows, {len(data.test)} test rows", flush=True)
@@ -208,18 +210,25 @@ def main() -> None:
     counts = common.token_counts(reader, data, args.seed).to(device)
     full_pca = common.fit_pca(reader.table, counts)
     pca = full_pca.first(k)
+    explained = pca.explained
     share = counts / counts.sum()  # [V] of the corpus
     constant_rms = (share @ reader.table.square().mean(1)).sqrt()
     if args.eval_only:
         pca.mean, pca.components = saved_tensors["mean"].to(device), saved_tensors["components"].to(device)
         constant_rms = saved_tensors["target_rms"].to(device)
+        explained = saved_config["controls"]["explained_variance"]
+        if pca.components.shape != (d, k):
+            raise common.UserError(f"{args.eval_only}: its components are {list(pca.components.shape)}, not [{d}, {k}]")
     variance = (share @ (reader.table - share @ reader.table).square()).mean()  # of an embedding number, for the loss
     wire = Wire(reader, pca, args.rms, constant_rms)
     untrained = Adapter("linear", pca, reader.table, wire.codes, counts).to(device)
     adapter = Adapter(args.adapter, pca, reader.table, wire.codes, counts).to(device)
+    if args.eval_only:
+        common.load_module(adapter, "adapter.", saved_tensors, args.eval_only)
     wire.adapter = adapter
+    out = common.open_out(args.out)
     trained_parameters = sum(p.numel() for p in adapter.parameters())
-    print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer), {100 * pca.explained:.1f}% of the variance")
+    print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer), {100 * explained:.1f}% of the variance")
     print(f"adapter {args.adapter}: {trained_parameters:,} trained parameters", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -228,13 +237,13 @@ def main() -> None:
     steps = 0 if args.eval_only else args.steps
     step, train_seconds = 0, 0.0
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    if args.eval_only:
-        common.load_module(adapter, "adapter.", saved_tensors, args.eval_only)
-    elif resumed:
+    if resumed:
         adapter.load_state_dict(resumed["adapter"])
         optimizer.load_state_dict(resumed["optimizer"])
         step, train_seconds, history = resumed["step"], resumed["train_seconds"], resumed["history"]
         print(f"resumed at step {step}", flush=True)
+    else:
+        checkpoint_path.unlink(missing_ok=True)  # of an older run: this one must not be taken for it
     common.write_jsonl(out / "metrics.jsonl", history)
     accumulation = args.batch_size // args.micro_batch_size
     assert accumulation * args.micro_batch_size == args.batch_size, (args.batch_size, args.micro_batch_size)
@@ -270,10 +279,12 @@ def main() -> None:
             (ce + mse + args.kd_weight * kd).backward()
             for name, value in zip(losses, (ce, mse, kd), strict=True):
                 losses[name] += value.item()
-        if not math.isfinite(sum(losses.values())):
+        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        if not math.isfinite(sum(losses.values()) + norm.item()):
             kept = f"the checkpoint of step {good_step} is kept" if good_step else "there is no checkpoint yet"
-            raise common.UserError(f"the loss is not a number at step {step + 1}: stopped, {kept}; try a smaller --lr")
-        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+            raise common.UserError(
+                f"loss or gradient is not a number at step {step + 1}: stopped, {kept}; try a smaller --lr"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -292,6 +303,7 @@ def main() -> None:
                 {
                     "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                     "train_seconds": train_seconds, "history": history, "arguments": run_arguments,
+                    "fingerprint": reader.fingerprint,
                 },
             )  # fmt: skip
             good_step = step
@@ -313,6 +325,7 @@ def main() -> None:
 
     inverse_wire = copy.copy(wire)
     inverse_wire.adapter = untrained  # the PCA inverse, nothing trained
+    print("  controls: PCA inverse, identity wire", flush=True)
     inverse_score, _ = control(inverse_wire)
     identity_wire = Wire(reader, full_pca, "sent", constant_rms, code_format="<f4")  # k = d: must read like text
     identity_wire.adapter = Adapter("linear", full_pca, reader.table, identity_wire.codes, counts).to(device)
@@ -334,11 +347,11 @@ def main() -> None:
         (
             f"PCA inverse: {what}",
             f"{inverse_score:.3f}",
-            f"untrained; k {k}, {100 * pca.explained:.1f}% of the variance",
+            f"untrained; k {k}, {100 * explained:.1f}% of the variance",
         ),
         (f"identity wire: {what}", f"{identity_score:.3f}", f"k = d, RMS sent: {same_note}"),
     ]
-    controls = {"pca_inverse": inverse_score, "identity": identity_score, "explained_variance": pca.explained}
+    controls = {"pca_inverse": inverse_score, "identity": identity_score, "explained_variance": explained}
     if identity_answers:
         controls["identity_same_answers"] = same
     config = {

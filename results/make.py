@@ -143,16 +143,19 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the README is out of date")
     args = parser.parse_args()
     rows = load("stage1")
+    for model in {row["model"] for row in rows}:
+        if len({row["fingerprint"] for row in rows if row["model"] == model}) > 1:
+            sys.exit(f"error: results/stage1 holds runs on different weights of {model}: delete the old ones")
     tables = {"headline": headline, "adapters": adapters, "real-weights": real_weights, "identity": identity}
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     for name, make in tables.items():
         start, end = f"<!-- stage1-{name} -->", f"<!-- /stage1-{name} -->"
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)
         text = "\n".join([before + start, *make(rows), end]) + after
     if args.check:
-        sys.exit(text != README.read_text())
-    README.write_text(text)
+        sys.exit(text != README.read_text(encoding="utf-8"))
+    README.write_text(text, encoding="utf-8", newline="\n")
     draw(rows, HERE / "stage1.png")
 
 

@@ -60,21 +60,23 @@ def planned(shared: str) -> dict[str, list[str]]:
     return runs
 
 
-def measure(name: str, flags: list[str]) -> None:
+def measure(name: str, flags: list[str]) -> bool:
+    """Run one stage 1 and keep its config.json, metrics included; False if it failed."""
     target = HERE / "stage1" / f"{name}.json"
     if target.exists():
-        return
+        return True
     out = ROOT / "out" / "results" / name
-    command = [sys.executable, "stage1_pca_adapter.py", *flags, "--out", str(out)]
+    command = [sys.executable, "stage1_pca_adapter.py", *flags, "--device", "cpu", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         print(f"{name}: FAILED\n{done.stderr}", flush=True)
-        return
+        return False
     config = json.loads((out / "config.json").read_text())
     row = {"command": " ".join(["python stage1_pca_adapter.py", *flags]), "threads": 1} | config
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(row, indent=2) + "\n")
     print(name, done.stdout.strip().split("\n")[-1][:400], flush=True)
+    return True
 
 
 if __name__ == "__main__":
@@ -85,5 +87,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     with ThreadPoolExecutor(args.workers) as pool:
         jobs = [pool.submit(measure, n, flags) for n, flags in planned(args.shared).items() if args.only in n]
-        for job in jobs:
-            job.result()
+        sys.exit(not all([job.result() for job in jobs]))

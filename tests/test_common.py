@@ -55,11 +55,24 @@ def test_fingerprint_tells_models_apart_but_not_dtypes(reader):
     again = common.load_reader(TINY, CPU, torch.bfloat16)
     other = common.load_reader("tiny-qwen", CPU, torch.float32)
     assert again.fingerprint == reader.fingerprint != other.fingerprint
-    with torch.no_grad():
-        reader.model.model.norm.weight[0] += 0.5
-        changed = common.fingerprint(reader.model, reader.table)
-        reader.model.model.norm.weight[0] -= 0.5
-    assert changed != reader.fingerprint
+    for changed in (reader.model.model.norm.weight, reader.model.model.layers[2].self_attn.q_proj.weight[0]):
+        kept = changed.clone()
+        with torch.no_grad():
+            changed[0] += 0.5
+            assert common.fingerprint(reader.model) != reader.fingerprint
+            changed.copy_(kept)
+    assert common.fingerprint(reader.model) == reader.fingerprint
+
+
+def test_a_models_own_penalties_do_not_bend_greedy_decoding(tmp_path):
+    for path in Path(TINY).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 5.0, "do_sample": True, "temperature": 2.0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    penal, plain = (common.load_reader(str(name), CPU, torch.float32) for name in (tmp_path, TINY))
+    prompts = [common.make_prompt(plain, row["context"], row["question"]).ids for row in ROWS]
+    assert common.generate(penal, prompts, 12) == common.generate(plain, prompts, 12)
 
 
 def test_a_loaded_model_is_frozen(reader):
@@ -106,6 +119,12 @@ def test_a_long_context_is_cut_and_the_question_kept(reader):
     assert len(long.ids) <= reader.context_tokens - common.MAX_NEW_TOKENS and row["question"] in long.text
     with pytest.raises(common.UserError, match="does not fit"):
         common.make_prompt(reader, "x", row["question"] * 200)
+    with pytest.raises(common.UserError, match="does not fit"):
+        common.check_questions(reader, common.Data("x", "qa", None, [], [{**row, "question": row["question"] * 200}]))
+    common.check_questions(reader, common.Data("x", "qa", ROWS, ROWS, ROWS))
+    alone = common.make_prompt(reader, "", row["question"])
+    assert common.truncated_prompt(reader, row, 5).ids == alone.ids  # the question is kept even where it does not fit
+    assert len(common.truncated_prompt(reader, row, len(alone.ids) + 9).ids) <= len(alone.ids) + 9
 
 
 def test_labels_are_the_answer_and_eos_and_nothing_else(reader):
@@ -243,6 +262,13 @@ BAD_FILES = {
     "fields.jsonl": (b'{"context":"c","question":"q"}\n', "line 1"),
     "single.jsonl": (b'{"context":"c","question":"q","answers":["a"]}\n', "too few"),
     "short.txt": (b"hello", "at least"),
+    "deep.json": (b"[" * 100_000, "nested"),
+    "deep.jsonl": (b"[" * 100_000, "line 1"),
+    "half.jsonl": (b'{"context":"\\ud83d","question":"q","answers":["a"]}\n', "line 1: half a surrogate"),
+    "half.json": (
+        b'{"data":[{"paragraphs":[{"context":"\\ud83d","qas":[{"question":"q","answers":[{"text":"a"}]}]}]}]}',
+        "half a surrogate",
+    ),
 }
 
 

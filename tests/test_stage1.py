@@ -51,7 +51,9 @@ def test_smoke_run_ends_with_a_table_and_the_contract_json(model, tmp_path):
     width = {"tiny": 24, "tiny-qwen": 20}[model]
     assert result["wire_bytes"] == pytest.approx(4 + result["positions"] * width * 2)
     assert result["wire_bytes"] > result["text_bytes"] and "LARGER than the text" in run.stdout
-    assert "answers are those from text" in run.stdout
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["controls"]["identity_same_answers"] == 40
+    assert config["controls"]["pca_inverse"] < result["f1"]
     samples = (tmp_path / "out" / "samples.md").read_text()
     assert samples.count("\n|") >= 20
 
@@ -60,11 +62,22 @@ def test_smoke_run_ends_with_a_table_and_the_contract_json(model, tmp_path):
 def test_shipped_wire_reproduces_its_row(name, tmp_path):
     wire = HERE / "tiny" / "wires" / name
     shipped = json.loads((wire / "config.json").read_text())
-    run = run_stage(stage1, "--eval-only", wire, "--eval-examples", "200", "--out", tmp_path / "out")
+    run = run_stage(stage1, "--eval-only", wire, "--out", tmp_path / "out")
     assert run.code == 0, run.stderr
     assert run.result["model"] == shipped["model"] and run.result["steps"] == shipped["metrics"]["steps"]
-    assert run.result["retention"] >= 99 and run.result["text_f1"] >= 93
-    assert shipped["metrics"]["examples"] == 1000 and shipped["metrics"]["retention"] >= 99
+    for key in (
+        "text_f1",
+        "text_em",
+        "f1",
+        "em",
+        "retention",
+        "no_context_f1",
+        "shuffled_f1",
+        "nll_wire",
+        "wire_bytes",
+    ):
+        assert run.result[key] == pytest.approx(shipped["metrics"][key], rel=1e-4), key
+    assert run.result["examples"] == 1000 and run.result["text_f1"] >= 95 and run.result["retention"] >= 99
     saved, again = (safetensors.torch.load_file(path / "wire.safetensors") for path in (wire, tmp_path / "out"))
     assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
 
@@ -106,6 +119,11 @@ def test_micro_batches_do_not_change_the_result(tmp_path):
         stage1, *QUICK, "--adapter", "linear", "--kd-weight", "1", "--micro-batch-size", "2", "--out", tmp_path / "b"
     )
     assert whole.code == parts.code == 0
+    # Adam forgives a wrong scale of the gradient, so the losses are compared as well
+    history = [[json.loads(row) for row in (tmp_path / name / "metrics.jsonl").open()] for name in "ab"]
+    for one, two in zip(*history, strict=True):
+        for key in ("loss_ce", "loss_mse", "loss_kd"):
+            assert one[key] == pytest.approx(two[key], rel=1e-2, abs=1e-5)
     one, two = (safetensors.torch.load_file(tmp_path / name / "wire.safetensors") for name in "ab")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=2e-3)
@@ -130,8 +148,8 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     assert resumed.code == 0 and "resumed at step 2" in resumed.stdout
     wires = [(tmp_path / name / "wire.safetensors").read_bytes() for name in ("whole", "broken")]
     assert wires[0] == wires[1]
-    metrics = [(tmp_path / name / "metrics.jsonl").read_text().split("\n") for name in ("whole", "broken")]
-    assert [json.loads(m)["step"] for m in metrics[1] if m] == [json.loads(m)["step"] for m in metrics[0] if m]
+    metrics = [[json.loads(row) for row in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "broken")]
+    assert [[m["step"], m["loss_ce"]] for m in metrics[0]] == [[m["step"], m["loss_ce"]] for m in metrics[1]]
 
 
 # --- the message
@@ -228,7 +246,7 @@ def test_a_model_that_cannot_answer_is_said_to(tmp_path):
     run = run_stage(stage1, *flags, "--out", tmp_path / "out")
     assert run.code == 0, run.stderr
     assert run.result["text_f1"] < 10 and "does not answer these questions from the text either" in run.stdout
-    assert "exceed 512 tokens" in run.stdout
+    assert "exceed 480 tokens" in run.stdout
 
 
 # --- bad input: one line, exit code 2, nothing written
@@ -299,6 +317,11 @@ def test_bad_model_directories(tmp_path, random_llm):
     pickled = copy_without("pickled", "*.safetensors")
     (pickled / "pytorch_model.bin").write_bytes(b"x")
     cases[pickled] = "pickled weights"
+    partial = copy_without("partial")
+    tensors = safetensors.torch.load_file(partial / "model.safetensors")
+    gone = next(name for name in tensors if "q_proj" in name)
+    safetensors.torch.save_file({n: t for n, t in tensors.items() if n != gone}, partial / "model.safetensors")
+    cases[partial] = f"lack {gone}"
     broken = copy_without("broken")
     (broken / "model.safetensors").write_bytes(b"garbage")
     cases[broken] = "does not load"

@@ -45,7 +45,21 @@ def test_passages_are_deterministic_and_say_their_answers():
 def test_passages_hold_distractors_and_answers_of_several_words():
     rows = world.make_examples("test", 500)
     assert sum(" " in row["answers"][0] for row in rows) > 50
-    # the asked subject alone does not give the answer away: another fact has the same relation in most passages
+    subject_again, relation_again = 0, 0
+    for row in rows:
+        for _, _, _, statements, questions in world.RELATIONS:
+            patterns = [re.escape(q).replace(r"\{s\}", "(.+)") for q in questions]
+            asked = next(filter(None, (re.fullmatch(pattern, row["question"]) for pattern in patterns)), None)
+            if asked:
+                facts = row["context"].rstrip(".").split(". ")
+                subject_again += sum(re.search(rf"\b{asked[1]}\b", fact) is not None for fact in facts) > 1
+                forms = [re.escape(s.rstrip(".")).replace(r"\{s\}", ".+").replace(r"\{v\}", ".+") for s in statements]
+                relation_again += sum(any(re.fullmatch(form, fact) for form in forms) for fact in facts) > 1
+                break
+        else:
+            raise AssertionError(f"no relation asks {row['question']}")
+    # the shares that world.py's docstring states
+    assert 0.4 < subject_again / len(rows) < 0.5 and 0.8 < relation_again / len(rows) < 0.9
     assert len(world.RELATIONS) >= 40 and len({r[0] for r in world.RELATIONS}) == len(world.RELATIONS)
     for _, _, _, statements, questions in world.RELATIONS:
         assert len(set(statements)) >= 3 and len(set(questions)) >= 3

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 import world
 
 HERE = Path(__file__).resolve().parent
-PROMPT = "{context}\nQuestion: {question}\nAnswer:"  # as common.py's PROMPT; tests/test_stages.py compares the two
+PROMPT = "{context}\nQuestion: {question}\nAnswer:"  # as common.py's PROMPT; tests/test_world.py compares the two
 CONTEXT_TOKENS = 512
 ANSWER_WEIGHT, COPY_WEIGHT, PASSAGE_WEIGHT = 1.0, 0.5, 0.1  # of a token as a target
 
@@ -280,7 +280,6 @@ def main() -> None:
                 },
                 checkpoint,
             )  # fmt: skip
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

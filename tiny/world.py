@@ -2,8 +2,8 @@
 
 Every passage states 3-8 facts about people, towns, ships, firms and beasts. Their names are invented from a space of
 about 229,000 and split by hash: a name that occurs in a test passage occurs in no training or validation passage. So an
-answer is read or it is wrong; it cannot be recalled. Each passage has distractors of the same kind: other subjects with
-the asked relation, and other relations of the asked subject.
+answer is read or it is wrong; it cannot be recalled. Most passages have distractors of the same kind: in 84% of them
+another subject has the asked relation too, in 44% the asked subject has other facts, in 94% one or the other.
 
     python tiny/world.py --split test --seed 0 --examples 3     # look at some
 
