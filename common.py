@@ -1115,7 +1115,7 @@ def draw_report(
         drawn = axis.barh(
             list(values), list(values.values()), color=["#c44e52" if "wire" in k else "#8c8c8c" for k in values]
         )
-        axis.bar_label(drawn, fmt="%.3g", padding=2)
+        axis.bar_label(drawn, fmt="%.4g", padding=2)
         axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.set_xlabel(label)

@@ -43,7 +43,7 @@ STAGE = "stage1"
 
 def parse_arguments():
     parser = common.Parser(description=__doc__.split("\n")[0])
-    common.add_arguments(parser, STAGE, steps=300, batch_size=16, lr=3e-3)
+    common.add_arguments(parser, STAGE, steps=200, batch_size=16, lr=3e-3)
     parser.add_argument("--code-dim", type=common.positive_int, help="k; default: an eighth of the embedding width")
     parser.add_argument("--adapter", choices=("linear", "mlp", "codebook"), help="default: codebook")
     parser.add_argument("--rms", choices=("constant", "sent"), help="RMS to match: a constant of the wire (default), "
@@ -223,6 +223,7 @@ def main() -> None:
     wire = Wire(reader, pca, args.rms, constant_rms)
     untrained = Adapter("linear", pca, reader.table, wire.codes, counts).to(device)
     adapter = Adapter(args.adapter, pca, reader.table, wire.codes, counts).to(device)
+    start = Adapter(args.adapter, pca, reader.table, wire.codes, counts).to(device)  # stays so: what does training add?
     if args.eval_only:
         common.load_module(adapter, "adapter.", saved_tensors, args.eval_only)
     wire.adapter = adapter
@@ -323,10 +324,14 @@ def main() -> None:
         answers = common.generate(reader, [other.send(ids) for ids in prompts], batch_size, other.receive)
         return common.score(answers, data.test)[0], answers
 
-    inverse_wire = copy.copy(wire)
-    inverse_wire.adapter = untrained  # the PCA inverse, nothing trained
-    print("  controls: PCA inverse, identity wire", flush=True)
-    inverse_score, _ = control(inverse_wire)
+    print("  controls: PCA inverse, untrained adapter, identity wire", flush=True)
+    untrained_wire = copy.copy(wire)
+    untrained_wire.adapter = untrained
+    inverse_score, _ = control(untrained_wire)
+    start_score = inverse_score  # linear and mlp start there
+    if args.adapter == "codebook":
+        untrained_wire.adapter = start
+        start_score, _ = control(untrained_wire)
     identity_wire = Wire(reader, full_pca, "sent", constant_rms, code_format="<f4")  # k = d: must read like text
     identity_wire.adapter = Adapter("linear", full_pca, reader.table, identity_wire.codes, counts).to(device)
     identity_score, identity_answers = control(identity_wire)
@@ -349,9 +354,15 @@ def main() -> None:
             f"{inverse_score:.3f}",
             f"untrained; k {k}, {100 * explained:.1f}% of the variance",
         ),
+        (f"{args.adapter} before training: {what}", f"{start_score:.3f}", ""),
         (f"identity wire: {what}", f"{identity_score:.3f}", f"k = d, RMS sent: {same_note}"),
     ]
-    controls = {"pca_inverse": inverse_score, "identity": identity_score, "explained_variance": explained}
+    controls = {
+        "pca_inverse": inverse_score,
+        "untrained": start_score,
+        "identity": identity_score,
+        "explained_variance": explained,
+    }
     if identity_answers:
         controls["identity_same_answers"] = same
     config = {

@@ -46,9 +46,9 @@ def without_seed(command: str) -> str:
 
 def headline(rows: list[dict]) -> list[str]:
     lines = [
-        "| reader | code width | F1 from text | F1 through the wire | retention, % | PCA inverse, untrained: F1 | "
-        "no context | shuffled | bytes: wire / text | seeds | command |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| reader | code width | F1 from text | F1 through the wire | retention, % | untrained codebook: F1 | "
+        "PCA inverse: F1 | no context | shuffled | bytes: wire / text | seeds | command |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     chosen = [r for r in rows if r["data"] == "tiny" and r["adapter"] == "codebook" and r["rms"] == "constant"]
     for (model, k), group in grouped(chosen, "model", "code_dim").items():
@@ -56,7 +56,8 @@ def headline(rows: list[dict]) -> list[str]:
         times = group[0]["embedding_width"] / k
         lines.append(
             f"| {model} | {k} ({times:g}x fewer) | {spread(group, 'text_f1')} | {spread(group, 'f1')} | "
-            f"{spread(group, 'retention')} | {spread(group, 'pca_inverse')} | {spread(group, 'no_context_f1')} | "
+            f"{spread(group, 'retention')} | {spread(group, 'untrained')} | {spread(group, 'pca_inverse')} | "
+            f"{spread(group, 'no_context_f1')} | "
             f"{spread(group, 'shuffled_f1')} | {metrics['wire_bytes']:.0f} / {metrics['text_bytes']:.0f} | "
             f"{len(group)} | `{without_seed(group[0]['command'])}` |"
         )
@@ -83,14 +84,15 @@ def adapters(rows: list[dict]) -> list[str]:
 
 def real_weights(rows: list[dict]) -> list[str]:
     lines = [
-        "| adapter | RMS | NLL through the wire | NLL from text | PCA inverse, untrained | identity wire | command |",
-        "|---|---|---|---|---|---|---|",
+        "| adapter | RMS | NLL through the wire | NLL from text | untrained | PCA inverse | identity wire | command |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in (r for r in rows if r["data"].endswith(".txt")):
         metrics, controls = row["metrics"], row["controls"]
         lines.append(
             f"| {row['adapter']} | {row['rms']} | {metrics['nll_wire']:.3f} | {metrics['nll_text']:.3f} | "
-            f"{controls['pca_inverse']:.3f} | {controls['identity']:.3f} | `{row['command']}` |"
+            f"{controls['untrained']:.3f} | {controls['pca_inverse']:.3f} | {controls['identity']:.3f} | "
+            f"`{row['command']}` |"
         )
     for row in (r for r in rows if r["data"].endswith(".json")):
         metrics = row["metrics"]
