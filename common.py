@@ -583,7 +583,6 @@ def fetch_squad() -> list[Path]:
     for name, (address, size, sha256) in SQUAD.items():
         path = cache / name
         if not path.exists():
-            cache.mkdir(parents=True, exist_ok=True)
             print(f"fetching {address} ({size / 1e6:.0f} MB)", flush=True)
             try:
                 with urllib.request.urlopen(address, timeout=60) as reply:
@@ -597,6 +596,7 @@ def fetch_squad() -> list[Path]:
                 raise UserError(
                     f"--data squad: {address} is not the official file (size or sha256 differ); nothing was kept"
                 )
+            cache.mkdir(parents=True, exist_ok=True)
             write_atomically(path, payload)
         elif path.stat().st_size != size or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise UserError(
