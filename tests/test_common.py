@@ -197,6 +197,15 @@ def test_batched_generation_from_embeddings_equals_a_plain_loop(reader):
     assert len(set(plain)) > 6
 
 
+def test_much_padding_changes_nothing(reader):
+    """Beside a prompt that fills the context, the others are mostly padding: attended to, it would cost answers."""
+    long = common.make_prompt(reader, " ".join(row["context"] for row in ROWS), ROWS[0]["question"]).ids
+    prompts = [common.make_prompt(reader, row["context"], row["question"]).ids for row in ROWS]
+    assert len(long) > 3 * max(map(len, prompts))
+    alone = common.generate(reader, prompts, batch_size=1)
+    assert common.generate(reader, [*prompts, long, long[1:]], batch_size=14)[:12] == alone
+
+
 # --- data files
 
 
