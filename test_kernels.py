@@ -66,6 +66,13 @@ def test_project_then_pca_inverse_is_the_identity_at_full_width():
     torch.testing.assert_close(adapt(project(x, mean, components), components.T, mean, rms), x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_rows_and_zero_rows_in_half_precision(dtype):
+    y = torch.tensor([[3e-4, -3e-4], [0.0, 0.0], [6e4, 6e4]], dtype=dtype)  # their squares leave float16 on both sides
+    out = match_rms(y, 0.5)
+    torch.testing.assert_close(out, torch.tensor([[0.5, -0.5], [0.0, 0.0], [0.5, 0.5]], dtype=dtype))
+
+
 def test_zero_rows_stay_zero_and_bad_rows_stay_alone():
     y = torch.ones(4, 16)
     y[0] = 0

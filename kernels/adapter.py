@@ -7,8 +7,8 @@ The equation, per token (N tokens, LLM width d, code width k):
     out = y * target_rms / sqrt(mean(y^2) + eps)                    the receiver: the norm that the LLM expects
 
 What it must move and compute from codes to embeddings, in s-byte numbers: read N k s (codes) + k d s (weight), write
-N d s; 2 N k d FLOPs for the matmul and about 4 N d for the norm. An eager implementation moves [N, d] five times
-(write y, read it for the mean, read it for the scale, write out, plus the broadcast bias); the floor moves it once.
+N d s; 2 N k d FLOPs for the matmul and about 4 N d for the norm. An eager implementation moves [N, d] six times
+(write y, read y, write and read its square, read y for the scale, write out); the floor moves it once.
 From x it reads N d s more and computes another 2 N d k FLOPs. But x is always a row of a frozen table here, so the
 codes are a [V, k] table made once and the projection is a gather: `project` runs once per run, `adapt` in every step.
 
@@ -35,7 +35,8 @@ def project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
 
 def match_rms(y: Tensor, target_rms: Tensor | float) -> Tensor:
     """Scale each row of y [N, d] to the RMS `target_rms` (a scalar, or [N, 1] one per row). Zero rows stay zero."""
-    return y * (target_rms * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS))
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))  # a square of 1e-3 does not fit into float16, nor does EPS
+    return (wide * (target_rms * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS))).to(y.dtype)
 
 
 def adapt(codes: Tensor, weight: Tensor, bias: Tensor, target_rms: Tensor | float) -> Tensor:
