@@ -120,7 +120,7 @@ def draw(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     chosen = [r for r in rows if r["data"] == "tiny" and r["rms"] == "constant" and not r["kd_weight"]]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True, sharey=True)
     for axis, model in zip(axes, ORDER, strict=True):
         groups = grouped([r for r in chosen if r["model"] == model], "model", "code_dim", "adapter")
         bars = {f"{adapter}\nk = {k}": group for (_, k, adapter), group in groups.items()}
@@ -136,7 +136,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.axhline(blind, color="grey", linestyle=":", label="no context")
         axis.set(title=model, ylim=(0, 112))
     axes[0].set_ylabel("F1, 1,000 test passages")
-    axes[1].legend(loc="center right", fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
