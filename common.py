@@ -234,7 +234,9 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, "exact and reproducible off CUDA"
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed every generator; on the CPU also forbid atomic adds (two threads summed gradients in a varying order)."""
+    torch.use_deterministic_algorithms(device.type == "cpu")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

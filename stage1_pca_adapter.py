@@ -183,8 +183,8 @@ def main() -> None:
     common.settle_arguments(args, DEFAULTS, saved_config)
     if saved_config:
         args.seed = saved_config["arguments"]["seed"]
-    common.seed_everything(args.seed)
     device, device_reason = common.pick_device(args.device)
+    common.seed_everything(args.seed, device)
     dtype, dtype_reason = common.pick_dtype(args.dtype, device)
     print(
         f"device {device.type} ({device_reason}), dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
