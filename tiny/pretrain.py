@@ -213,13 +213,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
     args = parser.parse_args()
+    if args.steps < 1 or args.batch_size < 1 or args.lr <= 0:
+        parser.error("--steps, --batch-size and --lr must be above 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     out = Path(args.out) if args.out else HERE / args.name
-    out.mkdir(parents=True, exist_ok=True)
     checkpoint = HERE.parent / "out" / "pretrain" / (args.name + ".pt")
     if args.out:
         checkpoint = out / "checkpoint.pt"
+    if args.resume and not checkpoint.exists():
+        parser.error(f"--resume: {checkpoint} does not exist; start without --resume")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
     tokenizer, model = build(args.name)
@@ -280,6 +283,7 @@ def main() -> None:
                 },
                 checkpoint,
             )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
