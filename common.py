@@ -987,8 +987,10 @@ def write_atomically(path: Path, payload: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk is reported without a name
         raise
 
 
@@ -1079,7 +1081,7 @@ def append_jsonl(path: Path, row: dict) -> None:
 
 
 def rounded(value):
-    """Floats to six significant digits, through lists and dicts, so that JSON lines can be read."""
+    """Floats to six significant digits, through dicts, so that JSON lines can be read; what is not finite is null."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):

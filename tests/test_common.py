@@ -339,8 +339,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(common.os, "replace", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as caught:
         common.write_atomically(path, b"new")
+    assert caught.value.filename == str(path)  # the user is told which file
     with pytest.raises(OSError):
         common.save_checkpoint(path, {"a": 1})
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
