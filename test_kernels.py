@@ -31,6 +31,7 @@ ROWS = (0, 1, 15, 16, 17, 33, 127, 129, 1000)
 WIDTHS = ((64, 8), (192, 24), (200, 64), (160, 10), (300, 37))  # (d, k), on and off any tile size
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMS = ("fused", "code space", "rows")
+EMPTY = adapter._empty
 
 
 class Summary:
@@ -41,6 +42,19 @@ class Summary:
 @pytest.fixture(scope="session", autouse=True)
 def say_which_mode(request):
     request.config.pluginmanager.register(Summary())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(request, tmp_path_factory):
+    """kernels/aot.py, at work on one core from the first test on: it takes a minute, and nothing waits for it."""
+    if not adapter.HAVE_TRITON or not any(item.name.startswith("test_compiled") for item in request.session.items):
+        yield None
+        return
+    path = tmp_path_factory.mktemp("aot") / "aot.json"
+    with path.open("w") as file:
+        process = subprocess.Popen([sys.executable, "kernels/aot.py", "--jobs", "1"], cwd=HERE, stdout=file)
+    yield lambda: (process.wait(), json.loads(path.read_text() or "null"))
+    process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -189,9 +203,13 @@ def inside_nan(tensor, transposed: bool):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_offset_and_transposed_views(device, transposed, dtype):
     codes, weight, bias, target = inputs(33, 200, 24, dtype, device)
+    bias = 0.01 * bias - codes[4] @ weight  # one row cancels, so that code space reads the weight too
     views = [inside_nan(tensor, transposed) for tensor in (codes, weight)] + [inside_nan(bias, False)]
-    assert torch.equal(adapt(*views, target), adapt(codes, weight, bias, target)) or device == "cpu"
-    torch.testing.assert_close(adapt(*views, target), adapt(codes, weight, bias, target))
+    assert_as_good_as_torch(
+        adapt(*views, target),
+        exact(codes, weight, bias, target),
+        eager(*(t.cpu() for t in (codes, weight, bias, target))),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -201,6 +219,7 @@ def test_every_row_has_its_target_rms(device, dtype):
     assert ((rms / target.double() - 1).abs() < 2**-8).all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy, which talks about NaN
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_rows_stay_zero_and_bad_rows_stay_alone(device, dtype):
     codes, weight, bias, target = inputs(33, 200, 24, dtype, device)
@@ -216,12 +235,23 @@ def test_zero_rows_stay_zero_and_bad_rows_stay_alone(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("left", (0.3, 1e-1, 1e-2, 1e-3))
+@pytest.mark.parametrize("left", (0.6, 0.3, 0.13, 1e-2, 1e-3))
 def test_a_bias_that_cancels_the_codes(device, left, dtype):
     """b = -zA (1 - left): of |y|^2 nothing is left but left^2 of the terms that code space adds up."""
     codes, weight, bias, target = inputs(33, 200, 24, torch.float64)
     cancelling = (codes[3] @ weight) * (left - 1) + left * bias
     tensors = [tensor.to(dtype) for tensor in (codes, weight, cancelling, target)]
+    out = adapt(*(tensor.to(device) for tensor in tensors))
+    assert_as_good_as_torch(out, exact(*tensors), eager(*tensors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_that_cancel_each_other(device, dtype):
+    """Rows of the weight that are nearly equal, with codes of opposite sign: no bias is in it."""
+    codes, weight, bias, target = inputs(33, 200, 24)
+    weight[1::2] = weight[::2] + 0.01 * weight[1::2]
+    codes[5, 1::2] = -codes[5, ::2]
+    tensors = [tensor.to(dtype) for tensor in (codes, weight, 0.01 * bias, target)]
     out = adapt(*(tensor.to(device) for tensor in tensors))
     assert_as_good_as_torch(out, exact(*tensors), eager(*tensors))
 
@@ -265,7 +295,7 @@ def embeddings(rows, d, k, dtype, device):
     """x, mean, components, weight, bias, target_rms, with a mean that is not small."""
     generator = torch.Generator().manual_seed(rows + d)
     x = torch.randn(rows, d, generator=generator) * 0.02 + 0.01
-    mean = x.mean(0) if rows else torch.zeros(d)
+    mean = torch.randn(d, generator=generator) * 0.005 + 0.01
     components, _ = torch.linalg.qr(torch.randn(d, k, generator=generator))
     target = torch.full((rows, 1), 0.02)
     return [tensor.to(dtype).to(device) for tensor in (x, mean, components, components.T.contiguous(), mean, target)]
@@ -316,14 +346,12 @@ def gradients(function, tensors, target, g, needed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows,d,k", ((1, 64, 8), (33, 200, 24), (129, 300, 140), (129, 300, 200)))
+@pytest.mark.parametrize("rows,d,k", ((1, 64, 8), (70, 300, 140), (33, 200, 130)))  # the last in embedding space
 def test_gradients_of_codes_weight_and_bias(device, rows, d, k, dtype):
-    if adapter.choose_form() == "fused" if device != "cpu" or adapter.interpret_on_cpu else False:
-        k = min(k, 256 // dtype.itemsize)
     *tensors, target = inputs(rows, d, k, dtype, device)
     g = inputs(rows, d, k, dtype, device, seed=1)[0] @ tensors[1]
     double, cpu = [t.cpu().double() for t in tensors], [t.cpu() for t in tensors]
-    for needed in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
+    for needed in ((True, True, True), (False, True, False), (True, False, True)):
         ours = gradients(adapt, tensors, target, g, needed)
         refs = gradients(eager, double, target.cpu().double(), g.cpu().double(), needed)
         torchs = gradients(eager, cpu, target.cpu(), g.cpu(), needed)
@@ -343,7 +371,7 @@ def test_gradients_through_ids_and_expanded_gradients(device):
         eager(doubles[0][ids.cpu()], *doubles[1:], 0.3).sum().backward()
         for leaf, double in zip(leaves, doubles, strict=True):
             if leaf.requires_grad:
-                torch.testing.assert_close(leaf.grad.cpu().double(), double.grad, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(leaf.grad.cpu().double(), double.grad, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,8 +380,9 @@ def test_gradients_through_ids_and_expanded_gradients(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_ten_times(device, dtype):
-    *tensors, target = inputs(33, 200, 24, dtype, device)
-    g = torch.ones(33, 200, dtype=dtype, device=device)
+    rows, d, k = (1000, 600, 70) if NATIVE else (17, 100, 20)  # no two programs at once in the interpreter
+    *tensors, target = inputs(rows, d, k, dtype, device)
+    g = torch.ones(rows, d, dtype=dtype, device=device)
     first = [adapt(*tensors, target), *gradients(adapt, tensors, target, g, (True, True, True))]
     for _ in range(9):
         again = [adapt(*tensors, target), *gradients(adapt, tensors, target, g, (True, True, True))]
@@ -378,7 +407,8 @@ def test_a_row_of_plain_torch_hardly_depends_on_its_batch():
     torch.testing.assert_close(adapt(codes, weight, bias, target)[77:78], alone, rtol=1e-12, atol=1e-12)
 
 
-def test_opcheck(device):
+def test_opcheck(monkeypatch, device):
+    monkeypatch.setattr(adapter, "_empty", EMPTY)  # it compares the layout of outputs too
     codes, weight, bias, target = inputs(17, 64, 8, torch.float32, device)
     ids = torch.tensor([0, 16, 3], device=device)
     flat = target[:, 0].contiguous()
@@ -494,6 +524,7 @@ if adapter.HAVE_TRITON:
         tl.store(out + at, acc)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_is_to_nearest_even(monkeypatch, dtype):
     device = use(monkeypatch, "rows")
@@ -521,16 +552,14 @@ def test_dot_multiplies_values(monkeypatch, dtype):
 
 
 @pytest.mark.skipif(not adapter.HAVE_TRITON, reason="triton is not installed")
-@pytest.mark.parametrize("arch", (80, 89, 90))
-def test_compiled_kernels_fit_the_hardware(arch):
-    run = subprocess.run(
-        [sys.executable, "kernels/aot.py", "--arch", str(arch)], cwd=HERE, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout)["kernels"]
-    assert len(rows) == 42 and {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
+def test_compiled_kernels_fit_the_hardware(compiled):
+    code, result = compiled()
+    assert code == 0
+    rows = result["kernels"]
+    launches = {(row["arch"], row["dtype"], row["launch"]) for row in rows}
+    assert len(launches) == len(rows) == 3 * 3 * 14  # architectures, dtypes, launches
     for row in rows:
         assert row["stack_bytes"] == 0 and row["spill_stores"] == 0, row
         assert row["shared_bytes"] <= row["shared_limit"] and row["blocks_per_multiprocessor"] >= 1, row
-        if arch == 90 and row["launch"].startswith(("code_norm", "matmul", "grad_codes")):
+        if row["arch"] == "sm_90" and row["launch"].startswith(("code_norm", "matmul", "grad_codes")):
             assert row["wgmma"], row

@@ -161,8 +161,8 @@ def _round(x, dtype: tl.constexpr):
     """float32 -> dtype, to nearest even."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)  # NaN stays as it is
+        nearest = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)  # NaN stays NaN
+        return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 
@@ -588,7 +588,25 @@ def _launch_grad_codes(g, codes, ids, gram, weight, scale, alpha) -> Tensor:
 # forward and backward, registered with torch.library: torch.compile(fullgraph=True) and CUDA graphs take them whole
 
 
-@torch.library.custom_op("latentwire::adapt", mutates_args=())
+# `define` and `impl`, not `custom_op`: that one imports torch._dynamo, and with it triton, at the first call (2 s)
+torch.library.define(
+    "latentwire::adapt",
+    "(Tensor codes, Tensor weight, Tensor bias, Tensor target, Tensor? ids, Tensor? gram) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "latentwire::adapt_backward",
+    "(Tensor g, Tensor out, Tensor codes, Tensor weight, Tensor bias, Tensor target, Tensor scale, Tensor? ids, "
+    "Tensor? gram, bool need_codes, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define("latentwire::project", "(Tensor x, Tensor mean, Tensor components) -> Tensor")
+torch.library.define(
+    "latentwire::reconstruct",
+    "(Tensor x, Tensor mean, Tensor components, Tensor weight, Tensor bias, Tensor target) -> Tensor",
+)
+EVERYWHERE = "CompositeExplicitAutograd"  # one function for all devices, and autograd by register_autograd
+
+
+@torch.library.impl("latentwire::adapt", EVERYWHERE)
 def _adapt(
     codes: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ids: Tensor | None, gram: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -610,14 +628,14 @@ def _adapt(
     return y.mul_(scale), scale
 
 
-@_adapt.register_fake
+@torch.library.register_fake("latentwire::adapt")
 def _(codes, weight, bias, target, ids, gram):
     N = codes.shape[0] if ids is None else ids.shape[0]
     wide = torch.promote_types(codes.dtype, torch.float32)
     return codes.new_empty(N, weight.shape[1]), codes.new_empty(N, 1, dtype=wide)
 
 
-@torch.library.custom_op("latentwire::adapt_backward", mutates_args=())
+@torch.library.impl("latentwire::adapt_backward", EVERYWHERE)
 def _adapt_backward(
     g: Tensor, out: Tensor, codes: Tensor, weight: Tensor, bias: Tensor, target: Tensor, scale: Tensor,
     ids: Tensor | None, gram: Tensor | None, need_codes: bool, need_weight: bool, need_bias: bool,
@@ -626,7 +644,6 @@ def _adapt_backward(
     k, d = weight.shape
     N, dtype = len(g), g.dtype
     on_triton = _on_triton(g) and N > 0
-    nothing = _empty(g, 0)
     if on_triton:
         dots, scaled_sum = _launch_grad_rows(g, out, scale)
     else:
@@ -640,11 +657,11 @@ def _adapt_backward(
         dy = torch.addcmul(g * scale, out, slope, value=-1).to(dtype)
         z = codes if ids is None else codes[ids]
         return (
-            dy @ weight.T if need_codes else nothing,
-            z.T @ dy if need_weight else nothing,
-            dy.sum(0) if need_bias else nothing,
+            dy @ weight.T if need_codes else _empty(g, 0),
+            z.T @ dy if need_weight else _empty(g, 0),
+            dy.sum(0) if need_bias else _empty(g, 0),
         )
-    d_codes = d_weight = d_bias = nothing
+    d_codes, d_weight, d_bias = (_empty(g, 0) for _ in range(3))  # outputs of a custom operator must not be one tensor
     z = codes
     if ids is not None and (need_weight or need_bias or not on_triton):
         z = codes[ids]
@@ -668,13 +685,12 @@ def _adapt_backward(
     return d_codes, d_weight, d_bias
 
 
-@_adapt_backward.register_fake
+@torch.library.register_fake("latentwire::adapt_backward")
 def _(g, out, codes, weight, bias, target, scale, ids, gram, need_codes, need_weight, need_bias):
-    nothing = g.new_empty(0)
     return (
-        g.new_empty(g.shape[0], weight.shape[0]) if need_codes else nothing,
-        g.new_empty(weight.shape) if need_weight else nothing.clone(),
-        g.new_empty(bias.shape) if need_bias else nothing.clone(),
+        g.new_empty((g.shape[0], weight.shape[0]) if need_codes else 0),
+        g.new_empty(weight.shape if need_weight else 0),
+        g.new_empty(bias.shape if need_bias else 0),
     )
 
 
@@ -687,14 +703,14 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, g, _):
     out, codes, weight, bias, target, scale, ids, gram = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    gradients = _adapt_backward(g, out, codes, weight, bias, target, scale, ids, gram, *need)
+    gradients = torch.ops.latentwire.adapt_backward(g, out, codes, weight, bias, target, scale, ids, gram, *need)
     return *(grad if wanted else None for grad, wanted in zip(gradients, need, strict=True)), None, None, None
 
 
-_adapt.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("latentwire::adapt", _backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("latentwire::project", mutates_args=())
+@torch.library.impl("latentwire::project", EVERYWHERE)
 def _project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
     if _on_triton(x) and len(x):
         offset = -(mean.float() @ components.float())  # [k], float32: a rounded one would shift every code
@@ -702,19 +718,19 @@ def _project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
     return (x - mean) @ components
 
 
-@_project.register_fake
+@torch.library.register_fake("latentwire::project")
 def _(x, mean, components):
     return x.new_empty(x.shape[0], components.shape[1])
 
 
-@torch.library.custom_op("latentwire::reconstruct", mutates_args=())
+@torch.library.impl("latentwire::reconstruct", EVERYWHERE)
 def _reconstruct(
     x: Tensor, mean: Tensor, components: Tensor, weight: Tensor, bias: Tensor, target: Tensor
 ) -> Tensor:
     return _launch_fused(x, None, mean, components, weight, bias, target)[0]
 
 
-@_reconstruct.register_fake
+@torch.library.register_fake("latentwire::reconstruct")
 def _(x, mean, components, weight, bias, target):
     return x.new_empty(x.shape[0], weight.shape[1])
 
@@ -758,7 +774,7 @@ def project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
     Without gradients: x, mean and components are frozen. Raises ValueError for shapes or dtypes that do not match.
     """
     _check(x=(x, ("N", "d")), mean=(mean, ("d",)), components=(components, ("d", "k")))
-    return _project(x, mean, components)
+    return torch.ops.latentwire.project(x, mean, components)
 
 
 def adapt(
@@ -785,7 +801,7 @@ def adapt(
         if codes.requires_grad:  # the gradient of a gather is a scatter: autograd has one
             codes, ids = codes[ids], None
     N = codes.shape[0] if ids is None else ids.shape[0]
-    return _adapt(codes, weight, bias, _flat_target(target_rms, codes, N), ids, gram)[0]
+    return torch.ops.latentwire.adapt(codes, weight, bias, _flat_target(target_rms, codes, N), ids, gram)[0]
 
 
 def reconstruct(
@@ -803,5 +819,5 @@ def reconstruct(
     small = choose_form(len(x), d, k, x.itemsize) == "fused" and len(x) > 0
     learning = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     if _on_triton(x) and small and not learning:
-        return _reconstruct(x, mean, components, weight, bias, _flat_target(target_rms, x, len(x)))
+        return torch.ops.latentwire.reconstruct(x, mean, components, weight, bias, _flat_target(target_rms, x, len(x)))
     return adapt(project(x, mean, components), weight, bias, target_rms)
