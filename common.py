@@ -1081,11 +1081,13 @@ def append_jsonl(path: Path, row: dict) -> None:
 
 
 def rounded(value):
-    """Floats to six significant digits, through dicts, so that JSON lines can be read; what is not finite is null."""
+    """Floats to six significant digits, through dicts and lists, so that JSON is readable; not finite is null."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
     return value
 
 

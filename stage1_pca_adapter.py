@@ -172,6 +172,36 @@ class Wire:
         return self.adapter(codes, sent_rms[:, None] if self.rms_is_sent else self.constant_rms)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss: the embeddings that the code decodes to, and the answer that the LLM gives from them
+
+
+def step_losses(
+    wire: Wire, batch: common.Batch, targets: Tensor, sent_tokens: Tensor, variance: Tensor, with_kd: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(cross-entropy, MSE / variance, KL from the LLM reading text) of a micro-batch: its part of the batch's means.
+
+    targets, sent_tokens: labels and tokens of the whole batch; variance: of an embedding number.
+    """
+    reader = wire.reader
+    embeddings = reader.table[batch.ids]  # [B,T,d] the prompt through the wire, the answer as it is
+    # a token decodes to the same embedding wherever it stands: decode each of the U different ones once
+    unique, inverse = batch.ids[batch.sent].unique(return_inverse=True)  # [U], [sent tokens]
+    decoded = wire.adapter(wire.codes[unique], wire.target_rms(unique))  # [U,d]
+    real = reader.table[unique]
+    occurrences = torch.bincount(inverse, minlength=len(unique))[:, None]  # [U,1]
+    mse = ((decoded - real).square() * occurrences).sum() / (sent_tokens * real.shape[1] * variance)
+    wired = embeddings.masked_scatter(batch.sent[..., None], decoded[inverse])
+    logits = common.answer_logits(reader, batch, wired)  # [targets of this part, V]
+    ce = F.cross_entropy(logits, batch.labels[batch.labels != common.IGNORE], reduction="sum") / targets
+    kd = torch.zeros_like(ce)
+    if with_kd:
+        with torch.no_grad():
+            teacher = common.answer_logits(reader, batch, embeddings).log_softmax(-1)
+        kd = F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum") / targets
+    return ce, mse, kd
+
+
 def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # setup: arguments, frozen LLM, data
@@ -263,21 +293,7 @@ def main() -> None:
         sent_tokens = sum(batch.sent.sum() for batch in batches)
         losses = {"loss_ce": 0.0, "loss_mse": 0.0, "loss_kd": 0.0}
         for batch in batches:
-            embeddings = reader.table[batch.ids]  # [B,T,d] the prompt through the wire, the answer as it is
-            # a token decodes to the same embedding wherever it stands: decode each of the U different ones once
-            unique, inverse = batch.ids[batch.sent].unique(return_inverse=True)  # [U], [sent tokens]
-            decoded = adapter(wire.codes[unique], wire.target_rms(unique))  # [U,d]
-            real = reader.table[unique]
-            occurrences = torch.bincount(inverse, minlength=len(unique))[:, None]  # [U,1]
-            mse = ((decoded - real).square() * occurrences).sum() / (sent_tokens * d * variance)
-            wired = embeddings.masked_scatter(batch.sent[..., None], decoded[inverse])
-            logits = common.answer_logits(reader, batch, wired)  # [targets of this part, V]
-            ce = F.cross_entropy(logits, batch.labels[batch.labels != common.IGNORE], reduction="sum") / targets
-            kd = torch.zeros((), device=device)
-            if args.kd_weight:
-                with torch.no_grad():
-                    teacher = common.answer_logits(reader, batch, embeddings).log_softmax(-1)
-                kd = F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum") / targets
+            ce, mse, kd = step_losses(wire, batch, targets, sent_tokens, variance, args.kd_weight > 0)
             (ce + mse + args.kd_weight * kd).backward()
             for name, value in zip(losses, (ce, mse, kd), strict=True):
                 losses[name] += value.item()

@@ -124,7 +124,7 @@ def eager(codes, weight, bias, target_rms):
 
 
 def assert_as_good_as_torch(out, ref, torch_out):
-    """Error at most twice that of torch in the same dtype, and a relative RMSE of 5e-3 at most (bfloat16 has 2.4e-3)."""
+    """Error at most twice that of torch in the same dtype, and a relative RMSE of at most 5e-3 (bfloat16: 2.4e-3)."""
     assert out.shape == ref.shape and out.dtype == torch_out.dtype
     if not ref.numel():
         return
@@ -327,7 +327,7 @@ def test_project_then_pca_inverse_is_the_identity_at_full_width():
 # backward
 
 
-@pytest.mark.parametrize("d,k", ((6, 2), (6, 5)), ids=("code space", "embedding space"))
+@pytest.mark.parametrize("d,k", ((8, 2), (6, 5)), ids=("code space", "embedding space"))
 def test_gradcheck_of_the_formulas(d, k):
     codes, weight, bias, target = inputs(5, d, k)
     for tensor in (codes, weight, bias):
@@ -346,7 +346,7 @@ def gradients(function, tensors, target, g, needed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows,d,k", ((1, 64, 8), (70, 300, 140), (33, 200, 130)))  # the last in embedding space
+@pytest.mark.parametrize("rows,d,k", ((1, 64, 8), (70, 600, 140), (33, 200, 130)))
 def test_gradients_of_codes_weight_and_bias(device, rows, d, k, dtype):
     *tensors, target = inputs(rows, d, k, dtype, device)
     g = inputs(rows, d, k, dtype, device, seed=1)[0] @ tensors[1]

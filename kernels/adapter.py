@@ -10,34 +10,36 @@ What it must move and compute, in s-byte numbers. Codes to embeddings: read N k 
 2 N k d FLOPs. From x, N d s and 2 N d k more. An eager implementation moves [N, d] six times (write y, read y, write
 and read its square, read y for the scale, write out); the floor moves it once. Three ways to come near it:
 
-    fused        one kernel; z and the row's norm never leave the chip. Every program reads the whole weight, twice: right
-                 where the weight is small (a small reader: d 192, k 24), at any N. The statement of the idea: read it first.
-    code space   |y|^2 = [z 1] G [z 1]^T with G = [weight; bias] [weight; bias]^T, k+1 wide: the scale of a row is known
-                 before any of its d columns exists, so the rest is one GEMM that scales as it stores. Large N.
-    rows         a library GEMM, then one kernel that reads y once and scales it in place. Small N, or k not far below d.
+    fused        one kernel; z and the row's norm never leave the chip. Every program reads the whole weight, twice:
+                 right where the weight is small (a small reader: d 192, k 24), at any N. Read this one first.
+    code space   |y|^2 = [z 1] G [z 1]^T with G = [weight; bias] [weight; bias]^T, k+1 wide: the scale of a row is
+                 known before any of its d columns exists, so the rest is one GEMM that scales as it stores. Large N.
+    rows         a library GEMM, then one kernel that reads y once and scales it in place. Small N, or k near d.
 
-`choose_form` says which, and why. Further levers need no kernel: x is a row of a frozen table, so the codes are a [V, k]
-table made once and the projection is a gather (`ids`); a token decodes to the same embedding wherever it stands, so
-training decodes the unique ids only. -mean @ components is a bias of the projection.
+`choose_form` says which, and why. Further levers need no kernel: x is a row of a frozen table, so the codes are a
+[V, k] table made once and the projection is a gather (`ids`); a token decodes to the same embedding wherever it stands,
+so training decodes the unique ids only. -mean @ components is a bias of the projection.
 
 Backward, g = dL/dout, s = target_rms / sqrt(mean(y^2) + eps), so dL/dy = s g - alpha y with alpha = <g, out> s^2 / (d
 target_rms^2) per row. y is never needed: W = g weight^T, q = [z 1] G,
 
     dz      = s W - alpha q
-    dweight = (s z)^T g - (z^T alpha z) weight - (sum of alpha z) (x) bias        two small GEMMs instead of a pass over y
+    dweight = (s z)^T g - (z^T alpha z) weight - (sum of alpha z) (x) bias
     dbias   = sum of s g - (sum of alpha z) weight - (sum of alpha) bias
 
+which is two small GEMMs for a pass over y. Where those cost more (few rows, wide codes), dL/dy is formed instead.
 Nothing of size [N, d] is saved but `out`, which the caller holds anyway. `target_rms` gets no gradient.
 
-The MLP adapter ends in the same matmul: y = [z, h] @ [weight; weight2] + bias with h the hidden layer. The codebook adapter
-does too, with k = V (softmax weights) and the frozen embedding table as weight. It looks like attention, softmax(z keys^T)
-@ table, and gets no kernel of its own: a value row is d = 4096 wide, so a fused program cannot hold its output and
-would score all keys again for every 512 columns, which doubles the FLOPs (scores are k/d = 1/8 of them) to save
-4 passes over [N, V], which take 62 us of 195 us at N = 512, V = 32k on an H200 (arithmetic; CPU figures in the README).
+The MLP adapter ends in the same matmul: y = [z, h] @ [weight; weight2] + bias with h the hidden layer. The codebook
+adapter does too, with k = V (softmax weights) and the frozen embedding table as weight. It looks like attention,
+softmax(z keys^T) @ table, and gets no kernel of its own: a value row is d = 4096 wide, so a fused program cannot hold
+its output and would score all keys again for every 512 columns, which doubles the FLOPs (scores are k/d = 1/8 of them)
+to save 4 passes over [N, V]: 62 us beside 195 us of matmuls at N = 512, V = 32k on an H200, by arithmetic. What it
+takes on a CPU is in the README.
 
-Where it runs: Triton on CUDA (compute capability 8.0 and later; float16, bfloat16, float32), plain torch everywhere else
-(CPU, MPS, float64, Windows and macOS, where triton is not even imported). Rounding: products accumulate in float32.
-The fused and code-space forms give a row the same bits whatever else is in its batch; a library GEMM may not.
+Where it runs: Triton on CUDA (compute capability 8.0 and later; float16, bfloat16, float32), plain torch everywhere
+else (CPU, MPS, float64, Windows and macOS, where triton is not even imported). Products accumulate in float32. The
+fused and code-space forms give a row the same bits whatever else is in its batch; a library GEMM may not.
 
 The idea of the norm from per-row sums beside a GEMM: QuACK (gemm_rms); of one small file from equation to
 registration: Liger-Kernel and the Triton tutorials.
@@ -129,7 +131,7 @@ def _on_triton(tensor: Tensor) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the kernels. BM rows (tokens) by BN columns by BK of the contracted width at a time. Loads outside a matrix give zeros.
+# the kernels. BM rows (tokens) by BN columns by BK of the contracted width at a time. Loads outside a matrix give 0.
 #
 # The interpreter gets bfloat16 wrong (triton 3.6-3.9): dot multiplies bit patterns, and float32 -> bfloat16 truncates.
 # `_dot` and `_round` do it right there; on a GPU they are the plain operations.
@@ -183,8 +185,8 @@ def _fused_kernel(
 ):  # fmt: skip
     """x (embeddings if FROM_X, else codes) -> out, scale. One program: BM tokens, all d columns; BK >= k.
 
-    z [BM, BK] and the sums of squares stay in registers. The second sweep computes y again: the weight is small, so that
-    costs less than storing y and reading it back.
+    z [BM, BK] and the sums of squares stay in registers. The second sweep computes y again: the weight is small, so
+    that costs less than storing y and reading it back.
     """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     live = rows < N
@@ -250,7 +252,7 @@ def _code_norm_kernel(
 
     G is symmetric: blocks below its diagonal count twice, blocks above are not read. Where bias and codes cancel, so do
     the terms of z G z^T, and float32 keeps too few digits: rows whose |y|^2 is below `cancelled` times the sum of the
-    squared terms that make it up get it from y itself. Other rows keep their bits, so that a row never depends on its neighbours.
+    squared terms that make it up get it from y itself. Other rows keep their bits: no row depends on its neighbours.
     """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     live = rows < N
@@ -310,7 +312,7 @@ def _matmul_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out [N, n] = (a [N, k] @ b [k, n] + bias [n]) * scale [N]. A GEMM whose epilogue costs no pass over out."""
-    # programs that run together share rows and columns: GROUP row blocks by all column blocks (Triton's matmul tutorial)
+    # programs that run together share rows and columns: GROUP row blocks by all column blocks (Triton's tutorial 3)
     program, column_blocks = tl.program_id(0), tl.cdiv(n, BN)
     group = program // (GROUP * column_blocks)
     group_rows = tl.minimum(tl.cdiv(N, BM) - group * GROUP, GROUP)
@@ -378,9 +380,7 @@ def _grad_rows_kernel(
         grad = tl.load(g + wide * g_row + columns[None, :] * g_col, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(out + wide * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         dot += tl.sum(grad * value, axis=1)
-        tl.store(
-            column_sums + program.to(tl.int64) * d + columns, tl.sum(grad * s[:, None], axis=0), mask=columns < d
-        )
+        tl.store(column_sums + program.to(tl.int64) * d + columns, tl.sum(grad * s[:, None], axis=0), mask=columns < d)
     tl.store(dots + rows, dot, mask=live)
 
 
@@ -435,7 +435,9 @@ def _grad_codes_kernel(
 def _options(kernel: str, like: Tensor, rows: int = 0) -> dict[str, int]:
     """Tile sizes and launch options of a kernel for the dtype and the GPU of a tensor, and this many rows."""
     half = like.itemsize == 2
-    hopper = _shared_bytes(like) >= 200 * 1024  # else A100 (163 KB) or a consumer GPU (99 KB): smaller tiles, or they spill
+    hopper = (
+        _shared_bytes(like) >= 200 * 1024
+    )  # else A100 (163 KB) or a consumer GPU (99 KB): smaller tiles, or they spill
     if kernel == "match_rms":
         return {"BN": 4096, "num_warps": 8, "num_stages": 1}
     if kernel == "grad_rows":
@@ -461,10 +463,10 @@ def _options(kernel: str, like: Tensor, rows: int = 0) -> dict[str, int]:
 FUSED_BYTES = 128 * 1024
 FUSED_ROW_BYTES = 256  # of z [BM, k], which stays in registers: k 128 in halves, 64 in float32. Twice that spills
 # Code space saves a pass over [N, d], read and write: 4 d bytes a row in halves, 3.8 ns at d 4096 on an H200. It costs
-# 2 N k^2 FLOPs (half of G, in two halves: 1.3 ns a row at k 512, half the peak assumed) and G itself, 2 k^2 d FLOPs and a launch: 5 us.
-# So it pays from N = 5 us / 2.5 ns = 2,000 rows on, for k up to a quarter of d. All arithmetic; not measured.
+# 2 N k^2 FLOPs (half of G, in two halves; 1.3 ns a row at k 512 and half the peak) and G itself, 2 k^2 d FLOPs and a
+# launch: 5 us. So it pays from N = 5 us / 2.5 ns = 2,000 rows on, for k up to a quarter of d. Arithmetic, not measured.
 CODE_SPACE_ROWS = 2048
-# |y|^2 below this share of the terms that make it up: recompute. Their rounding, 2^-17 and 2^-24, then stays below that of out.
+# |y|^2 below this share of its terms is computed again: their rounding, 2^-17 and 2^-24, then stays below that of out
 CANCELLED = {torch.bfloat16: 2**-6, torch.float16: 2**-2, torch.float32: 2**-2}
 
 
@@ -588,25 +590,6 @@ def _launch_grad_codes(g, codes, ids, gram, weight, scale, alpha) -> Tensor:
 # forward and backward, registered with torch.library: torch.compile(fullgraph=True) and CUDA graphs take them whole
 
 
-# `define` and `impl`, not `custom_op`: that one imports torch._dynamo, and with it triton, at the first call (2 s)
-torch.library.define(
-    "latentwire::adapt",
-    "(Tensor codes, Tensor weight, Tensor bias, Tensor target, Tensor? ids, Tensor? gram) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "latentwire::adapt_backward",
-    "(Tensor g, Tensor out, Tensor codes, Tensor weight, Tensor bias, Tensor target, Tensor scale, Tensor? ids, "
-    "Tensor? gram, bool need_codes, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define("latentwire::project", "(Tensor x, Tensor mean, Tensor components) -> Tensor")
-torch.library.define(
-    "latentwire::reconstruct",
-    "(Tensor x, Tensor mean, Tensor components, Tensor weight, Tensor bias, Tensor target) -> Tensor",
-)
-EVERYWHERE = "CompositeExplicitAutograd"  # one function for all devices, and autograd by register_autograd
-
-
-@torch.library.impl("latentwire::adapt", EVERYWHERE)
 def _adapt(
     codes: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ids: Tensor | None, gram: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -628,14 +611,12 @@ def _adapt(
     return y.mul_(scale), scale
 
 
-@torch.library.register_fake("latentwire::adapt")
-def _(codes, weight, bias, target, ids, gram):
+def _adapt_fake(codes, weight, bias, target, ids, gram):
     N = codes.shape[0] if ids is None else ids.shape[0]
     wide = torch.promote_types(codes.dtype, torch.float32)
     return codes.new_empty(N, weight.shape[1]), codes.new_empty(N, 1, dtype=wide)
 
 
-@torch.library.impl("latentwire::adapt_backward", EVERYWHERE)
 def _adapt_backward(
     g: Tensor, out: Tensor, codes: Tensor, weight: Tensor, bias: Tensor, target: Tensor, scale: Tensor,
     ids: Tensor | None, gram: Tensor | None, need_codes: bool, need_weight: bool, need_bias: bool,
@@ -644,15 +625,17 @@ def _adapt_backward(
     k, d = weight.shape
     N, dtype = len(g), g.dtype
     on_triton = _on_triton(g) and N > 0
+    # what code space adds, 2 k^2 (N + d) FLOPs, must be less than what it saves, a few passes over [N, d]
+    code_space = 4 * k <= d and choose_form(N, d, k, g.itemsize) != "rows"
     if on_triton:
         dots, scaled_sum = _launch_grad_rows(g, out, scale)
     else:
         dots = torch.einsum("nd,nd->n", g, out)[:, None].to(scale.dtype)  # [N, 1], and no [N, d] product on the way
-        scaled_sum = (scale[:, 0].to(dtype) @ g).to(scale.dtype) if need_bias and 2 * k <= d else None
+        scaled_sum = (scale[:, 0].to(dtype) @ g).to(scale.dtype) if need_bias and code_space else None
     target = target[:, None]
     # dL/dy = scale g - alpha y, and y = out / scale
     alpha = torch.where(target == 0, 0, dots * (scale / target).square() / d)  # [N, 1]
-    if 2 * k > d:  # code space would be wider than the embeddings: form dL/dy
+    if not code_space:  # form dL/dy
         slope = torch.where(scale == 0, 0, alpha / scale)
         dy = torch.addcmul(g * scale, out, slope, value=-1).to(dtype)
         z = codes if ids is None else codes[ids]
@@ -685,8 +668,7 @@ def _adapt_backward(
     return d_codes, d_weight, d_bias
 
 
-@torch.library.register_fake("latentwire::adapt_backward")
-def _(g, out, codes, weight, bias, target, scale, ids, gram, need_codes, need_weight, need_bias):
+def _adapt_backward_fake(g, out, codes, weight, bias, target, scale, ids, gram, need_codes, need_weight, need_bias):
     return (
         g.new_empty((g.shape[0], weight.shape[0]) if need_codes else 0),
         g.new_empty(weight.shape if need_weight else 0),
@@ -707,10 +689,6 @@ def _backward(ctx, g, _):
     return *(grad if wanted else None for grad, wanted in zip(gradients, need, strict=True)), None, None, None
 
 
-torch.library.register_autograd("latentwire::adapt", _backward, setup_context=_setup_context)
-
-
-@torch.library.impl("latentwire::project", EVERYWHERE)
 def _project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
     if _on_triton(x) and len(x):
         offset = -(mean.float() @ components.float())  # [k], float32: a rounded one would shift every code
@@ -718,21 +696,42 @@ def _project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
     return (x - mean) @ components
 
 
-@torch.library.register_fake("latentwire::project")
-def _(x, mean, components):
+def _project_fake(x, mean, components):
     return x.new_empty(x.shape[0], components.shape[1])
 
 
-@torch.library.impl("latentwire::reconstruct", EVERYWHERE)
-def _reconstruct(
-    x: Tensor, mean: Tensor, components: Tensor, weight: Tensor, bias: Tensor, target: Tensor
-) -> Tensor:
+def _reconstruct(x: Tensor, mean: Tensor, components: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
     return _launch_fused(x, None, mean, components, weight, bias, target)[0]
 
 
-@torch.library.register_fake("latentwire::reconstruct")
-def _(x, mean, components, weight, bias, target):
+def _reconstruct_fake(x, mean, components, weight, bias, target):
     return x.new_empty(x.shape[0], weight.shape[1])
+
+
+# `define` and `impl`, not `custom_op`: that one imports torch._dynamo, and with it triton, at the first call (2 s)
+torch.library.define(
+    "latentwire::adapt",
+    "(Tensor codes, Tensor weight, Tensor bias, Tensor target, Tensor? ids, Tensor? gram) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "latentwire::adapt_backward",
+    "(Tensor g, Tensor out, Tensor codes, Tensor weight, Tensor bias, Tensor target, Tensor scale, Tensor? ids, "
+    "Tensor? gram, bool need_codes, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define("latentwire::project", "(Tensor x, Tensor mean, Tensor components) -> Tensor")
+torch.library.define(
+    "latentwire::reconstruct",
+    "(Tensor x, Tensor mean, Tensor components, Tensor weight, Tensor bias, Tensor target) -> Tensor",
+)
+for name, function, fake in (
+    ("adapt", _adapt, _adapt_fake),
+    ("adapt_backward", _adapt_backward, _adapt_backward_fake),
+    ("project", _project, _project_fake),
+    ("reconstruct", _reconstruct, _reconstruct_fake),
+):
+    torch.library.impl(f"latentwire::{name}", "CompositeExplicitAutograd", function)  # one function for all devices
+    torch.library.register_fake(f"latentwire::{name}", fake)
+torch.library.register_autograd("latentwire::adapt", _backward, setup_context=_setup_context)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Compile every shipped kernel for real GPUs with no GPU at hand, and read off what the compiler made of it.
 
 Each launch below is recorded from the launchers of adapter.py, with the arguments that a GPU would get, and compiled
-for sm_90 (H100, H200), sm_80 (A100) and sm_89 (consumer cards with 99 KB of shared memory). Registers, stack and spills come from
-cuobjdump, which the triton wheel brings along. test_kernels.py holds the gate: no stack, no spills, shared memory
-within the limit, wgmma in the large-N kernels on sm_90.
+for sm_90 (H100, H200), sm_80 (A100) and sm_89 (consumer cards with 99 KB of shared memory). Registers, stack and
+spills come from cuobjdump, which the triton wheel brings along. test_kernels.py holds the gate: no stack, no spills,
+shared memory within the limit, wgmma in the large-N kernels on sm_90.
 
     python kernels/aot.py [--arch 90] > results/kernels/aot.json        # takes minutes on two cores; Linux only
 """
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python kerne
 
 from kernels import adapter
 
-# per block, per multiprocessor (bytes), registers and threads per multiprocessor: CUDA programming guide, table of compute capabilities
+# of a block (bytes), and of a multiprocessor: CUDA programming guide, table of compute capabilities
 LIMITS = {
     80: {"shared": 163 * 1024, "shared_all": 164 * 1024, "registers": 65536, "threads": 2048},
     89: {"shared": 99 * 1024, "shared_all": 100 * 1024, "registers": 65536, "threads": 1536},

@@ -1,6 +1,6 @@
-"""README table and figure of stage 1 from the JSON in results/stage1/. Nothing in them is typed by hand.
+"""README tables and figures from the JSON in results/stage1/ and results/kernels/. Nothing in them is typed by hand.
 
-python results/make.py            # rewrites the README between its markers, and results/stage1.png
+python results/make.py            # rewrites the README between its markers, results/stage1.png and results/roofline.png
 python results/make.py --check    # exit code 1 if the README does not say what the JSON says
 """
 
@@ -18,6 +18,13 @@ ORDER = ("tiny", "tiny-qwen")
 
 def load(folder: str) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted((HERE / folder).glob("*.json"))]
+
+
+def benchmarks() -> list[dict]:
+    """What kernels/bench.py measured, by machine; GPUs first."""
+    return sorted(
+        (row for row in load("kernels") if "operator" in row), key=lambda row: row["device"].startswith("CPU")
+    )
 
 
 def spread(rows: list[dict], key: str) -> str:
@@ -113,6 +120,128 @@ def identity(rows: list[dict]) -> list[str]:
     return [f"Identity wire (k = d, the RMS sent): {same} of {total} {what}, over all {len(runs)} runs."]
 
 
+def provenance(bench: dict) -> str:
+    versions = bench["versions"]
+    with_triton = f", triton {versions['triton']}" if "triton" in versions else ""
+    return f"{bench['device']}, {bench['dtype']}, torch {versions['torch']}{with_triton}, commit {bench['commit']}"
+
+
+def operator(rows: list[dict]) -> list[str]:
+    """Times of every column, and how many times faster ours is than each of the others, at every N."""
+    lines = []
+    for bench in benchmarks():
+        ceiling = bench["ceilings"]
+        columns = list(dict.fromkeys(row["column"] for row in bench["operator"] if row["column"] != "ours"))
+        lines += [
+            f"{provenance(bench)}; ceilings of the same run: {ceiling['bytes_per_second'] / 1e9:.0f} GB/s copy, "
+            f"{ceiling['flops_per_second'] / 1e12:.3g} TFLOP/s matmul. Medians of {bench['repeats']}.",
+            "",
+            f"| from | N | ours, ms | of the floor, % | {' | '.join(f'{c} / ours' for c in columns)} | error: ours |",
+            "|---" * (5 + len(columns)) + "|",
+        ]
+        groups = defaultdict(dict)
+        for row in bench["operator"]:
+            groups[row["what"], row["N"]][row["column"]] = row
+        shown = {1, 512, max(N for _, N in groups)} if bench["device"].startswith("CPU") else {N for _, N in groups}
+        for (what, N), group in ((key, group) for key, group in groups.items() if key[1] in shown):
+            ours = group["ours"]
+            ratios = [f"{group[c]['p50_us'] / ours['p50_us']:.2f}x" if c in group else "" for c in columns]
+            error = f"{ours['error']:.1e}" if "error" in ours else ""
+            lines.append(
+                f"| {what} | {N} | {ours['p50_us'] / 1e3:.3f} | {100 * ours['floor_us'] / ours['p50_us']:.0f} | "
+                f"{' | '.join(ratios)} | {error} |"
+            )
+        lines.append("")
+    if all(bench["device"].startswith("CPU") for bench in benchmarks()):
+        lines.append("On a GPU: not measured. `python results/run_kernels.py && python results/make.py` adds the rows.")
+    return lines
+
+
+def step(rows: list[dict]) -> list[str]:
+    lines = [
+        "| machine | LLM | layers | d -> k | adapter | batch | unique tokens | step, ms | without a wire, ms | "
+        "the wire's share, % |",
+        "|---" * 10 + "|",
+    ]
+    for bench in benchmarks():
+        for row in bench["step"]:
+            lines.append(
+                f"| {bench['device']} | {row['reader']} | {row['layers']} | {row['d']} -> {row['k']} | "
+                f"{row['adapter']} | "
+                f"{' x '.join(map(str, row['batch']))} | {row['unique_tokens']} | {row['step']['p50_us'] / 1e3:.0f} | "
+                f"{row['without_wire']['p50_us'] / 1e3:.0f} | {100 * row['wire_share']:.1f} |"
+            )
+    return lines
+
+
+def codebook(rows: list[dict]) -> list[str]:
+    lines = [
+        "| machine | V, d, k | scores, ms | softmax, ms | values and RMS, ms | all, ms | library attention, ms |",
+        "|---" * 7 + "|",
+    ]
+    for bench in benchmarks():
+        groups = defaultdict(dict)
+        for row in bench["codebook"]:
+            groups[row["V"], row["d"], row["k"]][row["part"]] = f"{row['p50_us'] / 1e3:.2f}"
+        for sizes, parts in groups.items():
+            cells = [parts[part] for part in ("scores", "softmax", "values and RMS", "all", "attention")]
+            lines.append(f"| {bench['device']} | {', '.join(map(str, sizes))} | {' | '.join(cells)} |")
+    return lines
+
+
+def compiled(rows: list[dict]) -> list[str]:
+    aot = next(row for row in load("kernels") if "kernels" in row)
+    lines = [
+        f"triton {aot['triton']}, bfloat16, sm_90. The other dtypes, sm_80 and sm_89: `results/kernels/aot.json`.",
+        "",
+        "| launch | registers | stack, spills | shared, KB of 227 | occupancy | wgmma | tiles, warps, stages |",
+        "|---" * 7 + "|",
+    ]
+    for row in aot["kernels"]:
+        if (row["arch"], row["dtype"]) == ("sm_90", "bfloat16"):
+            tiles = dict(row["tiles"])
+            warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+            lines.append(
+                f"| {row['launch']} | {row['registers']} | {row['stack_bytes']}, {row['spill_stores']} | "
+                f"{row['shared_bytes'] / 1024:.0f} | {row['occupancy']:.2f} | {'yes' if row['wgmma'] else 'no'} | "
+                f"{' '.join(f'{name} {size}' for name, size in tiles.items())}, {warps}, {stages} |"
+            )
+    return lines
+
+
+def draw_roofline(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    benches = benchmarks()
+    figure, axes = plt.subplots(1, len(benches), figsize=(6.4 * len(benches), 4.6), squeeze=False, layout="constrained")
+    for axis, bench in zip(axes[0], benches, strict=True):
+        ceiling = bench["ceilings"]
+        intensities = [row["flops"] / row["bytes"] for row in bench["operator"]]
+        line = [min(intensities) / 2, ceiling["flops_per_second"] / ceiling["bytes_per_second"], max(intensities) * 2]
+        roof = [min(x * ceiling["bytes_per_second"], ceiling["flops_per_second"]) / 1e12 for x in line]
+        axis.loglog(line, roof, color="black", label="measured ceilings: copy, matmul")
+        styles = {
+            "naive": ("x", "#999999"),
+            "strong": ("^", "#4c72b0"),
+            "compiled": ("s", "#55a868"),
+            "ours": ("o", "#c44e52"),
+        }
+        for column, (marker, color) in styles.items():
+            for what, fill in (("codes", "none"), ("codes, forward + backward", color)):
+                chosen = [r for r in bench["operator"] if (r["what"], r["column"]) == (what, column)]
+                axis.loglog(
+                    [r["flops"] / r["bytes"] for r in chosen], [r["tflops"] for r in chosen], marker, color=color,
+                    markerfacecolor=fill, label=f"{column}, {what}",
+                )  # fmt: skip
+        axis.set(title=f"{bench['device']}, {bench['dtype']}, d 4096, k 512", xlabel="FLOPs a byte that must be moved")
+    axes[0][0].set_ylabel("TFLOP/s")
+    axes[0][-1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 def draw(rows: list[dict], path: Path) -> None:
     import matplotlib
 
@@ -148,10 +277,14 @@ def main() -> None:
     for model in {row["model"] for row in rows}:
         if len({row["fingerprint"] for row in rows if row["model"] == model}) > 1:
             sys.exit(f"error: results/stage1 holds runs on different weights of {model}: delete the old ones")
-    tables = {"headline": headline, "adapters": adapters, "real-weights": real_weights, "identity": identity}
+    tables = {
+        "stage1-headline": headline, "stage1-adapters": adapters, "stage1-real-weights": real_weights,
+        "stage1-identity": identity, "kernels-operator": operator, "kernels-step": step, "kernels-codebook": codebook,
+        "kernels-compiled": compiled,
+    }  # fmt: skip
     text = README.read_text(encoding="utf-8")
     for name, make in tables.items():
-        start, end = f"<!-- stage1-{name} -->", f"<!-- /stage1-{name} -->"
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)
         text = "\n".join([before + start, *make(rows), end]) + after
@@ -159,6 +292,7 @@ def main() -> None:
         sys.exit(text != README.read_text(encoding="utf-8"))
     README.write_text(text, encoding="utf-8", newline="\n")
     draw(rows, HERE / "stage1.png")
+    draw_roofline(HERE / "roofline.png")
 
 
 if __name__ == "__main__":

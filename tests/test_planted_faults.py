@@ -28,7 +28,7 @@ FAULTS = {
         "s = tl.load(target + row * target_row) * tl.rsqrt(tl.sum(squares, axis=0) / d + eps)",
         "s = tl.load(target + row * target_row) * tl.rsqrt(tl.sum(squares, axis=0) / d)",
     ),
-    "dropped mean": ("offset = -(mean.float() @ components.float())", "offset = 0 * (mean.float() @ components.float())"),
+    "dropped mean": ("offset = -(mean.float() @", "offset = 0 * (mean.float() @"),
     "stale Gram": (
         "gram = gram_matrix(weight, bias) if gram is None else gram\n            scale = _launch",
         "gram = globals().setdefault('OLD', {}).setdefault(weight.data_ptr(), gram_matrix(weight, bias))\n"

@@ -1,0 +1,386 @@
+"""Benchmark of the operator, and of what the wire costs in a whole training step. JSON on stdout, a table on stderr.
+
+    python kernels/bench.py > results/kernels/cpu.json       # about 6 minutes on two cores; float32
+    python results/run_kernels.py                            # tests, this (bfloat16 on CUDA), and where the JSON goes
+
+Columns, all in one run: naive (the equation in eager torch), strong (addmm, F.rms_norm, times target), compiled
+(torch.compile of the strong one; max-autotune on CUDA), library (cuBLAS, then our one norm kernel; CUDA only), ours.
+"x, ours by ids" is the operator as stages use it, from a table of codes, against the naive one from x. `floor_us` is
+the larger of bytes and FLOPs that the equation cannot do without, over the two ceilings, which are measured first and
+in the same run. Times are medians with their 20th and 80th percentile; on CUDA, replays of a graph that walks through
+copies of the inputs larger than the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python kernels/bench.py` puts kernels/ there instead
+
+import common
+import stage1_pca_adapter as stage1
+from kernels import adapter
+from kernels.adapter import EPS, adapt, gram_matrix, reconstruct, reference
+
+WIDTH, CODE_WIDTH, VOCABULARY = 4096, 512, 32000  # a 7B model's
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timing
+
+
+def cpu_times(functions: dict, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each function, taken in turns, so that what disturbs the machine disturbs all of them."""
+    times = {name: [] for name in functions}
+    for function in functions.values():
+        function(0)
+    for repeat in range(repeats):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function(repeat)
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def cuda_times(functions: dict, repeats: int, copies: int) -> dict[str, list[float]]:
+    """Seconds a call: a graph of `copies` calls on cold inputs, replayed; taken in turns."""
+    graphs, times = {}, {name: [] for name in functions}
+    for name, function in functions.items():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for copy in range(3):
+                function(copy % copies)
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for copy in range(copies):
+                function(copy)
+    for _ in range(repeats):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) / 1e3 / copies)
+    return times
+
+
+def microseconds(times: list[float]) -> dict[str, float]:
+    fifths = statistics.quantiles(times, n=5)
+    return {"p50_us": statistics.median(times) * 1e6, "p20_us": fifths[0] * 1e6, "p80_us": fifths[3] * 1e6}
+
+
+def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes a second of a large copy, read and write counted, and FLOPs a second of a large matmul."""
+    cuda = device == "cuda"
+    source = torch.randn(2**29 if cuda else 2**26, device=device)
+    target = torch.empty_like(source)
+    side = 8192 if cuda else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    functions = {"copy": lambda _: target.copy_(source), "matmul": lambda _: a @ b}
+    times = cuda_times(functions, 20, 1) if cuda else cpu_times(functions, 9)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "bytes_per_second": 2 * source.numel() * 4 / seconds["copy"],
+        "flops_per_second": 2 * side**3 / seconds["matmul"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the operator
+
+
+def inputs(N: int, d: int, k: int, device: str, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(*shape, scale):
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+
+    made = {
+        "x": normal(N, d, scale=0.02), "mean": normal(d, scale=0.005), "components": normal(d, k, scale=d**-0.5),
+        "weight": normal(k, d, scale=d**-0.5), "bias": normal(d, scale=0.005), "g": normal(N, d, scale=1.0),
+        "table": normal(VOCABULARY, k, scale=0.02), "target": torch.tensor(0.02, device=device),
+        "ids": torch.randint(VOCABULARY, (N,), generator=generator, device=device),
+    }  # fmt: skip
+    made["codes"] = made["table"][made["ids"]]
+    return made
+
+
+def strong(codes, weight, bias, target):
+    y = torch.addmm(bias, codes, weight)
+    return F.rms_norm(y, (y.shape[1],), eps=EPS) * target.to(y.dtype)
+
+
+compiled = torch.compile(
+    strong, mode="max-autotune-no-cudagraphs" if torch.cuda.is_available() else None, dynamic=False
+)
+
+
+def library(codes, weight, bias, target):
+    y = torch.addmm(bias, codes, weight)
+    adapter._launch_match_rms(y, target.reshape(1))
+    return y
+
+
+def naive_codes(i):
+    y = i["codes"] @ i["weight"] + i["bias"]
+    return y * i["target"].to(y.dtype) / torch.sqrt(y.square().mean(-1, keepdim=True) + EPS)
+
+
+def naive_x(i):
+    return reference(i["x"], i["mean"], i["components"], i["weight"], i["bias"], i["target"].to(i["x"].dtype))
+
+
+def from_codes(function):
+    return lambda i: function(i["codes"], i["weight"], i["bias"], i["target"])
+
+
+def from_x(function):
+    return lambda i: function((i["x"] - i["mean"]) @ i["components"], i["weight"], i["bias"], i["target"])
+
+
+def ours_frozen(i):
+    return adapt(i["codes"], i["weight"], i["bias"], i["target"], gram=i["gram"])
+
+
+def ours_x(i):
+    return reconstruct(i["x"], i["mean"], i["components"], i["weight"], i["bias"], i["target"])
+
+
+def ours_ids(i):
+    return adapt(i["table"], i["weight"], i["bias"], i["target"], ids=i["ids"])
+
+
+IDS, ADAPTER = "x, ours by ids", ("weight", "bias")
+# what: (column -> function of the inputs, leaves that learn)
+CASES = {
+    "codes": (
+        {"naive": naive_codes, "strong": from_codes(strong), "compiled": from_codes(compiled),
+         "library": from_codes(library), "ours": ours_frozen}, (),
+    ),
+    "x": ({"naive": naive_x, "strong": from_x(strong), "compiled": from_x(compiled), "ours": ours_x}, ()),
+    IDS: ({"naive": naive_x, "ours": ours_ids}, ()),
+    f"{IDS}, forward + backward": ({"naive": naive_x, "ours": ours_ids}, ADAPTER),
+    "codes, forward + backward": (
+        {"naive": naive_codes, "strong": from_codes(strong), "compiled": from_codes(compiled),
+         "ours": from_codes(adapt)}, ADAPTER,
+    ),
+    "codes, forward + backward to codes": (
+        {"naive": naive_codes, "strong": from_codes(strong), "compiled": from_codes(compiled),
+         "ours": from_codes(adapt)}, ("codes", *ADAPTER),
+    ),
+}  # fmt: skip
+
+
+def on_sets(function, sets: list[dict], learned: tuple[str, ...]):
+    """copy -> function of that copy of the inputs; forward and backward if anything learns."""
+    if not learned:
+        return lambda copy: function(sets[copy % len(sets)])
+    leaves = [{name: i[name].clone().requires_grad_() for name in learned} for i in sets]
+
+    def step(copy):
+        copy %= len(sets)
+        return torch.autograd.grad(function(sets[copy] | leaves[copy]), list(leaves[copy].values()), sets[copy]["g"])
+
+    return step
+
+
+def benchmark_operator(device: str, dtype: torch.dtype, sizes: list[int], ceiling: dict, repeats: int) -> list[dict]:
+    """Rows {what, N, column, times, floor, error, ...}, one for every column of every case."""
+    d, k, s = WIDTH, CODE_WIDTH, dtype.itemsize
+    cuda, rows = device == "cuda", []
+    for N in sizes:
+        torch._dynamo.reset()
+        copies = (
+            min(16, max(2, 300 * 2**20 // (2 * N * d * s + 2 * d * k * s))) if cuda else 1
+        )  # an H200 has 50 MB of L2
+        sets = [inputs(N, d, k, device, dtype, seed) for seed in range(copies)]
+        for i in sets:
+            i["gram"] = gram_matrix(i["weight"], i["bias"])  # of a frozen adapter: made once
+        for what, (columns, learned) in CASES.items():
+            group = {
+                column: on_sets(function, sets, learned)
+                for column, function in columns.items()
+                if cuda or column != "library"
+            }
+            times = cuda_times(group, repeats, copies) if cuda else cpu_times(group, repeats)
+            projects = what == "x"
+            flops = 2 * N * d * k * (1 + projects + bool(learned) + ("codes" in learned))
+            moved = N * k * s + d * k * s + N * d * s
+            moved += (N * d * s + d * k * s) * projects + (2 * N * d * s + d * k * s) * bool(learned)
+            floor = 1e6 * max(flops / ceiling["flops_per_second"], moved / ceiling["bytes_per_second"])
+            for column, values in times.items():
+                row = {"what": what, "N": N, "d": d, "k": k, "column": column} | microseconds(values)
+                row |= {"floor_us": floor, "tflops": flops / row["p50_us"] / 1e6, "flops": flops, "bytes": moved}
+                if cuda:
+                    row |= footprint(group[column])
+                if not learned:
+                    exact_from_x = what == "x" or (what == IDS and column == "naive")
+                    row["error"] = relative_error(group[column](0), sets[0], exact_from_x)
+                rows.append(row)
+                share = f"{100 * floor / row['p50_us']:6.1f}% of the floor"
+                print(f"{what:38} N {N:6} {column:9} {row['p50_us']:12.1f} us {share}", file=sys.stderr, flush=True)
+    return rows
+
+
+def footprint(function) -> dict[str, float]:
+    """Peak device memory of a call above what was there, and its kernel launches."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = function(0)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del kept
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function(0)
+        torch.cuda.synchronize()
+    return {"peak_mib": peak / 2**20, "launches": sum(event.device_type.name == "CUDA" for event in profile.events())}
+
+
+def relative_error(out, i, from_x: bool) -> float:
+    """RMS error of the first 64 rows against float64, relative to the RMS of the result."""
+    double = {name: i[name].double() for name in ("mean", "components", "weight", "bias", "target")}
+    codes = i["codes"][:64].double()
+    if from_x:
+        codes = (i["x"][:64].double() - double["mean"]) @ double["components"]
+    y = codes @ double["weight"] + double["bias"]
+    exact = y * double["target"] / (y.square().mean(-1, keepdim=True) + EPS).sqrt()
+    return ((out[:64].double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the codebook: what would a kernel of its own save?
+
+
+def benchmark_codebook(device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+    """softmax(z keys^T) @ table of 512 tokens, part by part, beside the library's attention on the same operands."""
+    rows = []
+    for V, d, k in ((1024, 192, 24), (VOCABULARY if device == "cuda" else 8000, WIDTH, CODE_WIDTH)):
+        z, keys, table = (torch.randn(shape, device=device).to(dtype) for shape in ((512, k), (V, k), (V, d)))
+        blend, bias, target = torch.softmax(z @ keys.T, -1), table.new_zeros(d), torch.tensor(0.02, device=device)
+        functions = {
+            "scores": lambda _: z @ keys.T,  # noqa: B023
+            "softmax": lambda _: torch.softmax(blend, -1),  # noqa: B023
+            "values and RMS": lambda _: adapt(blend, table, bias, target),  # noqa: B023
+            "all": lambda _: adapt(torch.softmax(z @ keys.T, -1), table, bias, target),  # noqa: B023
+            "attention": lambda _: F.scaled_dot_product_attention(z[None, None], keys[None, None], table[None, None]),  # noqa: B023
+        }
+        times = cuda_times(functions, repeats, 1) if device == "cuda" else cpu_times(functions, repeats)
+        rows += [{"V": V, "d": d, "k": k, "part": part} | microseconds(values) for part, values in times.items()]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a whole stage-1 training step, with and without the wire
+
+
+def random_reader(layers: int, device: str, dtype: torch.dtype) -> common.Reader:
+    """A Llama of 7B shape with random weights, cut to so many layers. It has no tokenizer: batches are random ids."""
+    config = transformers.LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=layers,
+        vocab_size=VOCABULARY,
+    )  # fmt: skip
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.requires_grad_(False).eval()
+    table = model.get_input_embeddings().weight.float()
+    return common.Reader("7B shape", model, None, table, 4096, "random", torch.device(device), dtype)
+
+
+def random_batch(reader: common.Reader, rows: int, length: int, answer: int) -> common.Batch:
+    """Zipf-like ids, so that some repeat as in real text."""
+    share = 1 / torch.arange(1, len(reader.table) + 1, device=reader.device)
+    ids = torch.multinomial(share, rows * length, replacement=True).view(rows, length)
+    sent = (torch.arange(length, device=ids.device) < length - answer).expand(rows, -1)
+    labels = torch.where(sent, common.IGNORE, ids)
+    return common.Batch(ids, torch.ones_like(ids), sent, labels)
+
+
+def benchmark_step(reader: common.Reader, batch: common.Batch, k: int, kind: str, repeats: int) -> dict:
+    """Seconds of a training step as stage 1 runs it, and of the LLM's forward and backward on the same batch alone."""
+    d, device = reader.table.shape[1], reader.device
+    components, _ = torch.linalg.qr(torch.randn(d, k, device=device))
+    pca = common.PCA(reader.table.mean(0), components, torch.ones(d, dtype=torch.float64))
+    counts = torch.ones(len(reader.table), device=device)
+    wire = stage1.Wire(reader, pca, "constant", reader.table.square().mean().sqrt())
+    wire.adapter = stage1.Adapter(kind, pca, reader.table, wire.codes, counts).to(device)
+    optimizer = torch.optim.AdamW(wire.adapter.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
+    targets, sent, variance = (batch.labels != common.IGNORE).sum(), batch.sent.sum(), reader.table.var()
+
+    def synchronize():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def with_wire(_):
+        ce, mse, kd = stage1.step_losses(wire, batch, targets, sent, variance, False)
+        (ce + mse + 0.0 * kd).backward()
+        torch.nn.utils.clip_grad_norm_(wire.adapter.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize()
+
+    def without(_):
+        embeddings = reader.table[batch.ids].requires_grad_()
+        logits = common.answer_logits(reader, batch, embeddings)
+        F.cross_entropy(logits, batch.labels[batch.labels != common.IGNORE], reduction="sum").div(targets).backward()
+        synchronize()
+
+    times = cpu_times({"with": with_wire, "without": without}, repeats)
+    shares = [1 - b / a for a, b in zip(times["with"], times["without"], strict=True)]
+    return {
+        "reader": reader.name, "layers": reader.model.config.num_hidden_layers, "d": d, "k": k, "adapter": kind,
+        "dtype": str(reader.dtype).removeprefix("torch."), "batch": list(batch.ids.shape),
+        "unique_tokens": len(batch.ids[batch.sent].unique()),
+        "step": microseconds(times["with"]), "without_wire": microseconds(times["without"]),
+        "wire_share": statistics.median(shares),
+        "overhead": statistics.median(times["with"]) / statistics.median(times["without"]) - 1,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=0, help="timings a row; default: 50 on CUDA, 9 on the CPU")
+    parser.add_argument("--smoke", action="store_true", help="small sizes, to see that everything runs")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    repeats = args.repeats or (3 if args.smoke else 50 if device == "cuda" else 9)
+    sizes = [16] if args.smoke else [1, 16, 64, 512, 8192, 65536] if device == "cuda" else [1, 16, 64, 512, 4096]
+    torch.manual_seed(0)
+    ceiling = ceilings(device, dtype)
+    result = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": str(dtype).removeprefix("torch."), "versions": common.versions(), "commit": common.commit(),
+        "repeats": repeats, "ceilings": ceiling,
+        "operator": benchmark_operator(device, dtype, sizes, ceiling, repeats),
+        "codebook": benchmark_codebook(device, dtype, repeats), "step": [],
+    }  # fmt: skip
+    if adapter.HAVE_TRITON:
+        result["versions"]["triton"] = adapter.triton.__version__
+    reader = common.load_reader("tiny", torch.device(device), torch.float32)
+    data = common.load_data("tiny", reader, 10)
+    batch = common.make_batch(reader, data.train_rows(0, 0, 16))
+    for kind in ("codebook", "linear", "mlp"):
+        result["step"].append(benchmark_step(reader, batch, 24, kind, 3 * repeats))
+    if not args.smoke:
+        reader = random_reader(32 if device == "cuda" else 2, device, dtype)
+        batch = random_batch(reader, 4, 256, 16)
+        for kind in ("linear", "codebook"):
+            result["step"].append(benchmark_step(reader, batch, CODE_WIDTH, kind, 10 if device == "cuda" else 3))
+    for row in result["step"]:
+        print(f"{row['reader']}, {row['adapter']}: wire {100 * row['wire_share']:.1f}% of the step", file=sys.stderr)
+    print(json.dumps(common.rounded(result), indent=1))
+
+
+if __name__ == "__main__":
+    main()
