@@ -32,3 +32,22 @@ def test_the_headline_has_three_seeds_on_1000_passages():
         ]
         assert sorted(row["metrics"]["seed"] for row in group) == [0, 1, 2]
         assert all(row["metrics"]["examples"] == 1000 for row in group)
+
+
+def test_benchmarks_say_how_they_were_made():
+    benches = [json.loads(path.read_text()) for path in (HERE / "results" / "kernels").glob("*.json")]
+    benches = [bench for bench in benches if "operator" in bench]
+    assert benches
+    for bench in benches:
+        assert bench["commit"] and not bench["commit"].endswith("-dirty") and bench["versions"]["torch"]
+
+
+def test_the_benchmark_runs_to_the_end():
+    """And on this machine, right now, the operator as the stages use it is not slower than the naive equation."""
+    done = subprocess.run([sys.executable, "kernels/bench.py", "--smoke"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    bench = json.loads(done.stdout)
+    times = {(row["what"], row["column"]): row["p50_us"] for row in bench["operator"]}
+    assert times["x, ours by ids", "ours"] < times["x, ours by ids", "naive"]
+    assert all(row["error"] < 1e-5 for row in bench["operator"] if "error" in row)
+    assert {row["adapter"] for row in bench["step"]} == {"codebook", "linear", "mlp"}
