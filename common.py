@@ -19,6 +19,7 @@ import string
 import subprocess
 import sys
 import time
+import unicodedata
 import urllib.request
 import zlib
 from collections import Counter
@@ -675,6 +676,50 @@ def check_questions(reader: Reader, data: Data) -> None:
             make_prompt(reader, "", row["question"])
 
 
+def spelled_text(reader: Reader, text: str) -> str:
+    """The text that the tokenizer's tokens spell: with a space in front, or in Unicode's composed form (NFC), where the
+    tokenizer makes that of it. Takes two facts from the tokenizer's description and does not call it.
+    """
+    description = reader.tokenizer.backend_tokenizer.to_str()
+    normalizer, _, rest = description.partition('"pre_tokenizer"')
+    if '"NFC"' in normalizer:
+        text = unicodedata.normalize("NFC", text)
+    prepends = '"Prepend"' in normalizer or re.search(
+        r'"prepend_scheme":\s*"(first|always)"', rest.partition('"model"')[0]
+    )
+    return " " + text if prepends else text
+
+
+def token_ends(reader: Reader, spelled: str) -> tuple[list[int], list[int]]:
+    """(ids, ends): the tokens of a `spelled_text` and where each ends, in bytes of its UTF-8, without `prefix_ids`.
+
+    From the tokens' names: byte-level BPE has one letter for a byte, sentencepiece writes "▁" for a space and <0xE2> for
+    a byte without a token. Raises UserError if the names do not spell the text.
+    """
+    tokenizer = reader.tokenizer
+    text = spelled[1:] if spelled_text(reader, "") else spelled
+    ids = tokenize(reader, text)[len(prefix_ids(reader)) :]
+    byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    added = set(tokenizer.get_added_vocab())
+    ends, end = [], 0
+    for name in tokenizer.convert_ids_to_tokens(ids):
+        if name in added:
+            end += len(name.encode())
+        elif byte_level:
+            end += len(name)
+        else:
+            end += 1 if re.fullmatch("<0x[0-9A-F]{2}>", name) else len(name.replace("▁", " ").encode())
+        ends.append(end)
+    if end != len(spelled.encode()):
+        raise UserError(f"the tokens of {reader.name} do not spell the bytes of {text[:60]!r}")
+    return ids, ends
+
+
+def prefix_ids(reader: Reader) -> list[int]:
+    """The tokens before any text that start every prompt (a start token, or none)."""
+    return [] if reader.tokenizer.chat_template else reader.tokenizer("", add_special_tokens=True)["input_ids"]
+
+
 def answer_ids(reader: Reader, prompt: Prompt, answer: str) -> list[int]:
     """Ids of the answer as it continues this prompt, and EOS. Never a second start token."""
     glue = "" if reader.tokenizer.chat_template else " "
@@ -700,7 +745,9 @@ def make_batch(reader: Reader, rows: list[dict]) -> Batch:
     """Teacher-forcing batch of data rows: prompt + first answer + EOS, or a window of text."""
     sequences = []
     for row in rows:
-        if "ids" in row:
+        if "sent" in row:  # a window of text whose start travels and whose rest is predicted
+            sequences.append((row["ids"], row["sent"], row["sent"]))
+        elif "ids" in row:
             sequences.append((row["ids"], len(row["ids"]), 1))
         else:
             prompt = make_prompt(reader, row["context"], row["question"])
@@ -736,7 +783,7 @@ def answer_logits(reader: Reader, batch: Batch, embeddings: Tensor) -> Tensor:
     return logits[labelled[:, columns]].float()
 
 
-Send = Callable[[list[int]], bytes]  # token ids of a prompt -> message
+Send = Callable[[Prompt], bytes]  # prompt -> message
 Receive = Callable[[bytes], Tensor]  # message -> [positions, d] embeddings
 
 
@@ -882,17 +929,45 @@ RESULT_KEYS = (
 ).split()
 
 
+def sent_prompt(reader: Reader, row: dict) -> Prompt:
+    """What of a data row travels: the prompt, or a window of text (its start, in a stage that says where it stops)."""
+    if "ids" not in row:
+        return make_prompt(reader, row["context"], row["question"])
+    ids = row["ids"][: row.get("sent")]
+    return Prompt(reader.tokenizer.decode(ids, skip_special_tokens=True), ids, False)
+
+
+def splice(reader: Reader, batch: Batch, received: list[Tensor]) -> tuple[Batch, Tensor]:
+    """(batch, embeddings [B, T', d]) with the sent tokens of row i replaced by received[i] [positions, d].
+
+    Where these are as many as the tokens, labels among them stay; else only those after them do.
+    """
+    parts, rows = [], []
+    for i, part in enumerate(received):
+        sent, length = int(batch.sent[i].sum()), int(batch.attention[i].sum())
+        parts.append(torch.cat([part, reader.table[batch.ids[i, sent:length]]]))
+        head = batch.labels[i, : sent - 1]
+        if len(part) != sent:
+            head = head.new_full((len(part) - 1,), IGNORE)
+        rows.append(torch.cat([head, batch.labels[i, sent - 1 : length]]))
+    lengths = torch.tensor([len(part) for part in parts], device=batch.ids.device)
+    attention = (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).long()
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+    spliced = Batch(attention, attention, attention.bool(), labels)  # ids mean nothing any more
+    return spliced, torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+
 @torch.inference_mode()
 def mean_nll(reader: Reader, rows: list[dict], batch_size: int, send: Send | None, receive: Receive | None) -> float:
     """Mean NLL in nats per target token: from the real embeddings, or with the prompt through the wire."""
     total, count = 0.0, 0
     for at in range(0, len(rows), batch_size):
-        batch = make_batch(reader, rows[at : at + batch_size])
+        part = rows[at : at + batch_size]
+        batch = make_batch(reader, part)
         embeddings = reader.table[batch.ids]  # [B, T, d]
         if send is not None:
-            for i in range(len(batch.ids)):
-                received = receive(send(batch.ids[i][batch.sent[i]].tolist()))  # [L, d]
-                embeddings[i, batch.sent[i]] = received
+            received = [receive(send(sent_prompt(reader, row))) for row in part]  # [positions, d] each
+            batch, embeddings = splice(reader, batch, received)
         logits = answer_logits(reader, batch, embeddings)
         labels = batch.labels[batch.labels != IGNORE]
         total += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -918,18 +993,15 @@ def evaluate(reader: Reader, data: Data, batch_size: int, send: Send, receive: R
     Every prompt really becomes a message of bytes and is rebuilt from those bytes alone: wire_bytes is their length.
     """
     rows = data.test
-    if data.kind == "text":
-        id_lists = [row["ids"] for row in rows]
-        texts = [reader.tokenizer.decode(ids, skip_special_tokens=True) for ids in id_lists]
-    else:
-        prompts = [make_prompt(reader, row["context"], row["question"]) for row in rows]
-        id_lists, texts = [prompt.ids for prompt in prompts], [prompt.text for prompt in prompts]
+    prompts = [sent_prompt(reader, row) for row in rows]
+    id_lists, texts = [prompt.ids for prompt in prompts], [prompt.text for prompt in prompts]
+    if data.kind == "qa":
         cut = sum(prompt.truncated for prompt in prompts)
         if cut:
             print(
                 f"note: {cut} of {len(rows)} test prompts exceed {reader.prompt_tokens} tokens: context cut at its end"
             )
-    messages = [send(ids) for ids in id_lists]
+    messages = [send(prompt) for prompt in prompts]
     positions, cosines = [], []
     for message, ids in zip(messages, id_lists, strict=True):
         embeddings = receive(message).float()  # [positions, d]
@@ -1170,19 +1242,21 @@ def print_samples(reader: Reader, data: Data, send: Send, receive: Receive) -> N
     rows = data.validation[:3]
     if data.kind == "text":
         return
-    prompts = [make_prompt(reader, row["context"], row["question"]).ids for row in rows]
-    from_text = generate(reader, prompts, len(rows))
-    from_wire = generate(reader, [send(ids) for ids in prompts], len(rows), receive)
+    prompts = [sent_prompt(reader, row) for row in rows]
+    from_text = generate(reader, [prompt.ids for prompt in prompts], len(rows))
+    from_wire = generate(reader, [send(prompt) for prompt in prompts], len(rows), receive)
     for row, text, wire in zip(rows, from_text, from_wire, strict=True):
         print(f"    {row['question']}  gold: {row['answers'][0]} | text: {text} | wire: {wire}")
 
 
 def finish_run(
-    out: Path, tensors: dict, config: dict, history: list[dict], records: list[dict], extra: list[tuple], title: str
-) -> None:
+    out: Path, tensors: dict, config: dict, history: list[dict], records: list[dict], extra: list[tuple], title: str,
+    more_bars: dict[str, float] | None = None,
+) -> None:  # fmt: skip
     """Write the run directory, then print the table and, as the last line, the JSON object.
 
-    config["metrics"] holds RESULT_KEYS; extra: rows (what, value, note) of the stage's own controls.
+    config["metrics"] holds RESULT_KEYS; extra: rows (what, value, note) of the stage's own controls; more_bars: what
+    report.png shows beside the scores.
     """
     metrics = config["metrics"]
     result = {key: metrics[key] for key in RESULT_KEYS}
@@ -1238,7 +1312,7 @@ def finish_run(
         out / "report.png",
         history,
         f"{title} ({result['model']})",
-        bars,
+        bars | (more_bars or {}),
         unit,
         byte_bars | {"wire": result["wire_bytes"]},
     )

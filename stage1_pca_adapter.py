@@ -154,10 +154,10 @@ class Wire:
     def target_rms(self, ids: Tensor) -> Tensor:
         return self.rms[ids] if self.rms_is_sent else self.constant_rms  # [N,1] or scalar
 
-    def send(self, ids: list[int]) -> bytes:
+    def send(self, prompt: common.Prompt) -> bytes:
         """Token ids of a prompt -> message."""
-        parts = [self.codes[ids]] + ([self.rms[ids]] if self.rms_is_sent else [])
-        return struct.pack("<I", len(ids)) + b"".join(
+        parts = [self.codes[prompt.ids]] + ([self.rms[prompt.ids]] if self.rms_is_sent else [])
+        return struct.pack("<I", len(prompt.ids)) + b"".join(
             part.cpu().numpy().astype(self.code_format).tobytes() for part in parts
         )
 
@@ -337,8 +337,8 @@ def main() -> None:
         """(F1 or NLL, answers) through another wire."""
         if data.kind == "text":
             return common.mean_nll(reader, data.test, batch_size, other.send, other.receive), []
-        prompts = [common.make_prompt(reader, row["context"], row["question"]).ids for row in data.test]
-        answers = common.generate(reader, [other.send(ids) for ids in prompts], batch_size, other.receive)
+        messages = [other.send(common.sent_prompt(reader, row)) for row in data.test]
+        answers = common.generate(reader, messages, batch_size, other.receive)
         return common.score(answers, data.test)[0], answers
 
     print("  controls: PCA inverse, untrained adapter, identity wire", flush=True)

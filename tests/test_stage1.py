@@ -174,7 +174,7 @@ def test_the_receiver_uses_the_message_and_nothing_else(parts, rms):
     wire = stage1.Wire(reader, pca, rms, torch.tensor(0.05))
     wire.adapter = stage1.Adapter("linear", pca, reader.table, wire.codes, counts)
     ids = [5, 300, 7, 7, 1000]
-    message = wire.send(ids)
+    message = wire.send(common.Prompt("", ids, False))
     assert len(message) == 4 + 5 * 24 * 2 + (5 * 2 if rms == "sent" else 0)
     received = wire.receive(message)
     target = reader.table[ids].square().mean(1).sqrt() if rms == "sent" else torch.full((5,), 0.05)
@@ -190,7 +190,9 @@ def test_the_identity_wire_rebuilds_the_embeddings(parts):
     wire = stage1.Wire(reader, full, "sent", torch.tensor(1.0), code_format="<f4")
     wire.adapter = stage1.Adapter("linear", full, reader.table, wire.codes, counts)
     ids = list(range(0, 1024, 3))
-    torch.testing.assert_close(wire.receive(wire.send(ids)), reader.table[ids], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        wire.receive(wire.send(common.Prompt("", ids, False))), reader.table[ids], atol=1e-6, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "codebook"])

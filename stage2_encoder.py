@@ -1,0 +1,484 @@
+"""Stage 2: from raw UTF-8 bytes. One thing is added to stage 1, a byte encoder, and its target is known token by token.
+
+    bytes [N] -> encoder -> where tokens end, and a code [k] for each -> stage-1 adapter -> RMS match -> frozen LLM
+    known        trained    known: the tokenizer's offsets, stage 1's PCA codes   proven         known        frozen
+
+Why this works where stage 0 fails: stage 1 has shown that the LLM reads these codes through this adapter. So the
+encoder needs no gradient through an LLM to learn what to say: it is told where each token ends and which code it has.
+
+    loss = 10 * cross-entropy(token ends here?) + |code - PCA code|^2 / variance
+           + cross-entropy(which token the adapter will read, if it is a codebook)
+    last steps: + cross-entropy of the answer, through the LLM, encoder and adapter both learning at a tenth of the rate
+
+At inference the sender never calls the LLM's tokenizer: it predicts the ends, and speaks stage 1's message format. The
+encoder is a stack of convolutions, so a byte sees its 10 neighbours on each side and cost grows linearly with the
+text: a tokenizer's merges are local. What was tried: depthwise convolutions of width 9 with an MLP (slower here, and
+worse per step); codes from mean squared error alone (slower to the exact token than with the codebook's cross-entropy).
+
+    python stage2_encoder.py                                         # the embedded reader; README has time and score
+    python stage2_encoder.py --eval-only tiny/wires/stage2           # the shipped wire; stage2-qwen for tiny-qwen
+    python stage2_encoder.py --model llama-7b --data squad --stage1 out/stage1 --micro-batch-size 4       # one GPU
+
+Letters: B batch, N padded length in bytes, C encoder width, L tokens of a prompt, V vocabulary, d LLM embedding width,
+k code width.
+"""
+
+import math
+import random
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+from kernels.adapter import project
+from stage1_pca_adapter import Adapter
+
+STAGE = "stage2"
+SHIPPED = {"tiny": "tiny/wires/stage1", "tiny-llama": "tiny/wires/stage1", "tiny-qwen": "tiny/wires/stage1-qwen"}
+ABLATIONS = ("code-target", "boundary-target", "stage1-adapter", "pca")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arguments
+
+
+def parse_arguments():
+    parser = common.Parser(description=__doc__.split("\n")[0])
+    common.add_arguments(parser, STAGE, steps=1600, batch_size=16, lr=3e-3)
+    parser.add_argument("--stage1", metavar="WIRE_DIR", help="the trained stage-1 wire to start from; default: shipped")
+    parser.add_argument(
+        "--llm-steps", type=int, help="of the steps, how many last ones go through the LLM; default 100"
+    )
+    parser.add_argument("--without", choices=ABLATIONS, help="an ablation: leave this known target or start out")
+    args = common.finish_arguments(parser)
+    if args.llm_steps is not None and args.llm_steps < 0:
+        parser.error(f"argument --llm-steps: must be 0 or more, not {args.llm_steps}")
+    return args
+
+
+# what a trained wire fixes: --eval-only reads these from its config.json and refuses other values
+DEFAULTS = {"model": "tiny", "data": "tiny", "stage1": None, "llm_steps": 100, "without": None}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the encoder: bytes [B,N] -> token ends [B,N], features [B,N,C]; features of an end -> code [k]
+
+
+class Encoder(nn.Module):
+    """Residual convolutions over bytes. Byte 256 is padding, and the same as nothing: no code depends on it."""
+
+    WIDTH, KERNEL, LAYERS = 128, 5, 5
+    REACH = LAYERS * (KERNEL // 2)  # bytes that a byte sees on each side
+
+    def __init__(self, k: int):
+        super().__init__()
+        C = self.WIDTH
+        self.embedding = nn.Embedding(257, C)
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(self.LAYERS))
+        self.convolutions = nn.ModuleList(nn.Conv1d(C, C, self.KERNEL, padding="same") for _ in range(self.LAYERS))
+        self.mixers = nn.ModuleList(nn.Linear(C, C) for _ in range(self.LAYERS))
+        self.norm = nn.LayerNorm(C)
+        self.end = nn.Linear(C, 1)
+        self.code = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(), nn.Linear(2 * C, k))
+
+    def forward(self, data: Tensor) -> tuple[Tensor, Tensor]:
+        """data: [B,N] bytes. Returns logits [B,N] that a token ends with this byte, and features [B,N,C]."""
+        real = (data < 256)[..., None]
+        x = self.embedding(data)  # [B,N,C]
+        for norm, convolution, mixer in zip(self.norms, self.convolutions, self.mixers, strict=True):
+            y = convolution((norm(x) * real).transpose(1, 2)).transpose(1, 2)
+            x = x + mixer(F.gelu(y))
+        x = self.norm(x)
+        return self.end(x)[..., 0], x
+
+
+def to_bytes(texts: list[str], device: torch.device) -> Tensor:
+    """[B,N] bytes of UTF-8, padded with 256."""
+    raw = [text.encode() for text in texts]
+    padded = np.full((len(raw), max(map(len, raw))), 256)
+    for row, data in zip(padded, raw, strict=True):
+        row[: len(data)] = np.frombuffer(data, np.uint8)
+    return torch.from_numpy(padded).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the wire: text -> message -> embeddings. The sender has the encoder; the receiver has adapter and LLM.
+
+
+class Wire:
+    """Message: uint32 count L, then L x k codes in float16, as in stage 1 with a constant RMS.
+
+    A prompt starts with the codes of `prefix`, the tokens that stand for no text (a start token), which are constants.
+    """
+
+    def __init__(self, reader: common.Reader, encoder: Encoder, adapter: Adapter, prefix_codes: Tensor, rms: Tensor):
+        self.reader, self.encoder, self.adapter = reader, encoder, adapter
+        self.prefix_codes, self.constant_rms = prefix_codes, rms  # [P,k], scalar
+        self.code_scale = adapter.code_scale
+        self.fixed_length = 0  # in an ablation: bytes a token, instead of predicted ends
+
+    @torch.no_grad()
+    def segment(self, text: str) -> tuple[Tensor, Tensor]:
+        """(ends [L] in bytes, codes [L,k]) that the encoder finds in a text."""
+        data = to_bytes([text], self.reader.device)
+        logits, features = self.encoder(data)  # [1,N], [1,N,C]
+        is_end = logits[0] > 0
+        if self.fixed_length:
+            is_end = (torch.arange(data.shape[1], device=data.device) + 1) % self.fixed_length == 0
+        is_end[-1] = True
+        return is_end.nonzero()[:, 0] + 1, self.encoder.code(features[0, is_end]) * self.code_scale
+
+    def send(self, prompt: common.Prompt) -> bytes:
+        """Text of a prompt -> message. Its token ids are not looked at. Raises UserError for text that is no text."""
+        if not prompt.text:
+            raise common.UserError("the prompt is empty: there are no bytes to send")
+        try:
+            _, codes = self.segment(common.spelled_text(self.reader, prompt.text))
+        except UnicodeEncodeError:
+            raise common.UserError("the prompt holds half a surrogate pair, which is no text") from None
+        codes = torch.cat([self.prefix_codes, codes])
+        return struct.pack("<I", len(codes)) + codes.cpu().numpy().astype("<f2").tobytes()
+
+    @torch.no_grad()
+    def receive(self, message: bytes) -> Tensor:
+        """Message -> embeddings [L,d]."""
+        (count,) = struct.unpack_from("<I", message)
+        codes = torch.from_numpy(np.frombuffer(message, "<f2", offset=4).astype(np.float32)).to(self.reader.device)
+        return self.adapter(codes.view(count, -1), self.constant_rms)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the encoder learns from: prompts, and pieces of text that no prompt would hold
+
+
+ODD = (
+    "àâäåçéèêëíîïñóôöøœßúùûüýÿ" "ÀÉÖØŁŽ" "αβγδλπΩ" "жиляюДЖ" "אבג" "عرب" "中文字日本語" "ひらカナ" "한국어"
+    "😀😂🚀🌍👍🏽🇫🇷❤️✨" "“”‘’–—…€£¥°±×÷→≤≥" "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~" "\t\n  "
+)  # fmt: skip
+
+
+def odd_text(rng: random.Random, prompt: str, reader: common.Reader) -> str:
+    """A piece of a prompt with other casing, digits, accents, emoji, other scripts; or random tokens."""
+    if rng.random() < 0.3:
+        ids = [rng.randrange(len(reader.tokenizer)) for _ in range(rng.randint(1, 40))]
+        return reader.tokenizer.decode(ids, skip_special_tokens=True) or "?"
+    start = rng.randrange(len(prompt))
+    words = prompt[start : start + rng.randint(1, 130)].split(" ")
+    rate = rng.choice((0.1, 0.5, 1.0))
+    for i, word in enumerate(words):
+        if rng.random() > rate:
+            continue
+        kind = rng.randrange(7)
+        if kind == 0:
+            words[i] = word.upper()
+        elif kind == 1:
+            words[i] = word.lower() if rng.random() < 0.5 else word.title()
+        elif kind == 2:
+            words[i] = str(rng.randrange(10 ** rng.randint(1, 9)))
+        elif kind == 3:
+            words[i] = "".join(
+                rng.choice("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(1, 12))
+            )
+        elif kind == 4:
+            words[i] = "".join(rng.choice(ODD) if rng.random() < 0.3 else letter for letter in word)
+        elif kind == 5:
+            words[i] = "".join(rng.choice(ODD) for _ in range(rng.randint(1, 6)))
+        else:
+            words[i] = word + rng.choice(ODD) * rng.randint(1, 3)
+    return " ".join(words) or "?"
+
+
+def known_targets(reader: common.Reader, texts: list[str], data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(real [B,N] bool, is_end [B,N] bool, ids of the tokens that end there, in order), for training only.
+
+    A text that the tokens do not spell (a character that the tokenizer does not know) teaches nothing: it is not real.
+    """
+    real, is_end, all_ids = data < 256, torch.zeros_like(data, dtype=torch.bool), []
+    for i, text in enumerate(texts):
+        try:
+            ids, ends = common.token_ends(reader, text)
+        except common.UserError:
+            real[i] = False
+            continue
+        is_end[i, torch.tensor(ends, device=data.device) - 1] = True
+        all_ids += ids
+    return real, is_end, torch.tensor(all_ids, dtype=torch.long, device=data.device)
+
+
+def code_losses(wire: Wire, codes: Tensor, target_codes: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(MSE / variance, cross-entropy of the token that the adapter will read) of predicted codes [n,k]."""
+    mse = ((codes - target_codes) / wire.code_scale).square().mean()
+    if wire.adapter.kind != "codebook":
+        return mse, torch.zeros_like(mse)
+    z, keys = codes / wire.code_scale, wire.adapter.keys.detach()
+    # the codebook's own softmax is close to one-hot: a softer one has a gradient from the first step on
+    logits = -2.0 * (keys.square().sum(1) - 2 * z @ keys.T)  # [n,V]
+    return mse, F.cross_entropy(logits, ids)
+
+
+def answer_loss(wire: Wire, rows: list[dict]) -> Tensor:
+    """Cross-entropy of the answers when the LLM reads what encoder and adapter make of the prompts; true token ends."""
+    reader = wire.reader
+    prompts = [common.sent_prompt(reader, row) for row in rows]
+    texts = [common.spelled_text(reader, prompt.text) for prompt in prompts]
+    data = to_bytes(texts, reader.device)
+    if wire.fixed_length:
+        is_end = torch.zeros_like(data, dtype=torch.bool)
+        is_end[:, wire.fixed_length - 1 :: wire.fixed_length] = True
+        lengths = (data < 256).sum(1)
+        is_end &= data < 256
+        is_end[torch.arange(len(data), device=data.device), lengths - 1] = True
+    else:
+        _, is_end, _ = known_targets(reader, texts, data)
+    _, features = wire.encoder(data)
+    counts = is_end.sum(1).tolist()
+    codes = (wire.encoder.code(features[is_end]) * wire.code_scale).split(counts)  # [L,k] for each prompt
+    batch = common.make_batch(reader, rows)
+    received = wire.adapter(torch.cat([part for c in codes for part in (wire.prefix_codes, c)]), wire.constant_rms)
+    spliced, embeddings = common.splice(reader, batch, received.split([len(wire.prefix_codes) + n for n in counts]))
+    logits = common.answer_logits(reader, spliced, embeddings)
+    return F.cross_entropy(logits, spliced.labels[spliced.labels != common.IGNORE])
+
+
+@torch.no_grad()
+def measure_encoder(wire: Wire, table_codes: Tensor, rows: list[dict]) -> dict[str, float]:
+    """How close the encoder comes to its targets on test prompts, in percent; cosine of codes less their mean."""
+    reader, hits, found, real, exact, cosine, whole = wire.reader, 0, 0, 0, 0, 0.0, 0
+    for row in rows:
+        text = common.spelled_text(reader, common.sent_prompt(reader, row).text)
+        ids, ends = common.token_ends(reader, text)
+        found_ends, codes = wire.segment(text)
+        shared = set(ends) & set(found_ends.tolist())
+        hits, found, real = hits + len(shared), found + len(found_ends), real + len(ends)
+        whole += len(shared) == len(ends) == len(found_ends)
+        mine = codes[[i for i, end in enumerate(found_ends.tolist()) if end in shared]]
+        true_ids = torch.tensor([token for token, end in zip(ids, ends, strict=True) if end in shared]).to(codes.device)
+        cosine += F.cosine_similarity(mine, table_codes[true_ids], dim=-1).sum().item()
+        decoded = wire.adapter(mine.to(torch.float16).float(), wire.constant_rms)
+        nearest = (F.normalize(decoded, dim=-1) @ F.normalize(reader.table, dim=-1).T).argmax(-1)
+        exact += (nearest == true_ids).sum().item()
+    return {
+        "boundary_f1": 200 * hits / (found + real), "exact_token": 100 * exact / real,
+        "code_cosine": cosine / max(1, hits), "whole_prompts": 100 * whole / len(rows),
+    }  # fmt: skip
+
+
+def main() -> None:
+    # -----------------------------------------------------------------------------------------------------------------
+    # setup: arguments, frozen LLM, data
+    args = parse_arguments()
+    saved_tensors, saved_config = {}, None
+    if args.eval_only:
+        config_keys = ("embedding_width", "code_dim", "adapter", *DEFAULTS, "controls", "metrics")
+        tensor_keys = ("mean", "components", "target_rms", "prefix_codes")
+        saved_tensors, saved_config = common.load_wire(args.eval_only, STAGE, config_keys, tensor_keys)
+    common.settle_arguments(args, DEFAULTS, saved_config)
+    if saved_config:
+        args.seed = saved_config["arguments"]["seed"]
+    if args.smoke and not args.eval_only:
+        args.llm_steps = min(args.llm_steps, 4)
+    device, device_reason = common.pick_device(args.device)
+    common.seed_everything(args.seed, device)
+    dtype, dtype_reason = common.pick_dtype(args.dtype, device)
+    print(
+        f"device {device.type} ({device_reason}), dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
+        flush=True,
+    )
+    stage1_tensors, stage1_config = saved_tensors, saved_config
+    if not args.eval_only:
+        args.stage1 = args.stage1 or SHIPPED.get(args.model)
+        if args.stage1 is None:
+            raise common.UserError(
+                f"stage 2 starts from a stage-1 wire: run stage1_pca_adapter.py --model {args.model}, then --stage1 DIR"
+            )
+        config_keys, tensor_keys = (
+            ("embedding_width", "code_dim", "adapter", "rms"),
+            ("mean", "components", "target_rms"),
+        )
+        where = common.HERE / args.stage1 if args.stage1 in SHIPPED.values() else args.stage1
+        stage1_tensors, stage1_config = common.load_wire(str(where), "stage1", config_keys, tensor_keys)
+        if stage1_config["rms"] != "constant":
+            raise common.UserError(
+                f"{args.stage1} sends each token's RMS; stage 2 starts from a wire with --rms constant"
+            )
+    reader = common.load_reader(args.model, device, dtype)
+    common.check_fingerprint(reader, stage1_config, args.eval_only or args.stage1)
+    vocabulary, d = reader.table.shape
+    data = common.load_data(args.data, reader, args.eval_examples)
+    common.check_questions(reader, data)
+    if data.kind == "text":  # the first half of a window travels, and the LLM predicts the second
+        for row in [*data.train, *data.validation, *data.test]:
+            row["sent"] = len(row["ids"]) // 2
+    run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
+    checkpoint_path = Path(args.out) / "checkpoint.pt"
+    resumed = common.load_checkpoint(checkpoint_path, run_arguments, reader.fingerprint) if args.resume else None
+    print(f"model {args.model}: V {vocabulary}, d {d}, fingerprint {reader.fingerprint}")
+    size = "unlimited" if data.train is None else len(data.train)
+    print(f"data {args.data} ({data.kind}): {size} training rows, {len(data.test)} test rows", flush=True)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # model: PCA and adapter of stage 1, and the encoder. The LLM is frozen.
+    mean, components = stage1_tensors["mean"].to(device), stage1_tensors["components"].to(device)
+    k = stage1_config["code_dim"]
+    if tuple(components.shape) != (d, k):
+        raise common.UserError(
+            f"{args.eval_only or args.stage1}: its components are {list(components.shape)}, not {[d, k]}"
+        )
+    if args.without == "pca" and not args.eval_only:  # any k orthonormal directions instead of those of most variance
+        components = torch.linalg.qr(torch.randn(d, k)).Q.to(device)
+    table_codes = project(reader.table, mean, components).to(torch.float16).float()  # [V,k]
+    ones = torch.ones(vocabulary, device=device)
+    adapter = Adapter(
+        stage1_config["adapter"], common.PCA(mean, components, torch.ones(d)), reader.table, table_codes, ones
+    ).to(device)
+    if args.eval_only or args.without not in ("pca", "stage1-adapter"):
+        common.load_module(adapter, "adapter.", stage1_tensors, args.eval_only or args.stage1)
+    elif args.without == "stage1-adapter":
+        for parameter in adapter.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=parameter.std().item())
+    prefix = common.prefix_ids(reader)
+    encoder = Encoder(k).to(device)
+    if args.eval_only:
+        common.load_module(encoder, "encoder.", saved_tensors, args.eval_only)
+    constant_rms = stage1_tensors["target_rms"].to(device)
+    wire = Wire(reader, encoder, adapter, table_codes[prefix], constant_rms)
+    if args.without == "boundary-target":
+        wire.fixed_length = 3  # about a token of the embedded readers
+    out = common.open_out(args.out)
+    trained_parameters = sum(p.numel() for p in encoder.parameters())
+    print(f"encoder: {trained_parameters:,} trained parameters, a byte sees {Encoder.REACH} on each side", flush=True)
+    print(f"adapter {adapter.kind} of {args.stage1}, k {k} of d {d}", flush=True)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # training
+    history: list[dict] = []
+    steps = 0 if args.eval_only else args.steps
+    step, train_seconds = 0, 0.0
+    learn_adapter = args.without in ("stage1-adapter", "code-target", "boundary-target")
+    groups = [{"params": encoder.parameters(), "scale": 1.0}, {"params": adapter.parameters(), "scale": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    if resumed:
+        adapter.load_state_dict(resumed["adapter"])
+        encoder.load_state_dict(resumed["encoder"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        step, train_seconds, history = resumed["step"], resumed["train_seconds"], resumed["history"]
+        print(f"resumed at step {step}", flush=True)
+    else:
+        checkpoint_path.unlink(missing_ok=True)  # of an older run: this one must not be taken for it
+    common.write_jsonl(out / "metrics.jsonl", history)
+    accumulation = args.batch_size // args.micro_batch_size
+    assert accumulation * args.micro_batch_size == args.batch_size, (args.batch_size, args.micro_batch_size)
+    progress = common.Progress(steps, step)
+    good_step, started = step, time.perf_counter() - train_seconds
+    while step < steps:
+        # warm-up over 5% of the steps, then linearly to zero; a tenth of that through the LLM
+        scale = min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
+        through_llm = step >= steps - args.llm_steps or args.without in ("code-target", "boundary-target")
+        optimizer.param_groups[0]["lr"] = args.lr * scale
+        optimizer.param_groups[1]["lr"] = args.lr * scale * (1.0 if learn_adapter else 0.1 if through_llm else 0.0)
+        rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
+        parts = [rows[i * args.micro_batch_size : (i + 1) * args.micro_batch_size] for i in range(accumulation)]
+        losses = {"loss_end": 0.0, "loss_mse": 0.0, "loss_token": 0.0, "loss_ce": 0.0}
+        for number, part in enumerate(parts):
+            total = torch.zeros((), device=device)
+            if args.without != "boundary-target":
+                rng = random.Random(f"{args.seed}-{step}-{number}")
+                texts = [common.sent_prompt(reader, row).text for row in part]
+                texts += [odd_text(rng, text, reader) for text in texts]
+                texts = [common.spelled_text(reader, text) for text in texts]
+                data_bytes = to_bytes(texts, device)  # [2B,N]
+                real, is_end, ids = known_targets(reader, texts, data_bytes)
+                logits, features = encoder(data_bytes)
+                end = F.binary_cross_entropy_with_logits(logits[real], is_end[real].float())
+                total = total + 10 * end
+                losses["loss_end"] += end.item() / accumulation
+            if args.without not in ("boundary-target", "code-target"):
+                mse, token = code_losses(wire, encoder.code(features[is_end]) * wire.code_scale, table_codes[ids], ids)
+                total = total + mse + token
+                losses["loss_mse"] += mse.item() / accumulation
+                losses["loss_token"] += token.item() / accumulation
+            if through_llm:
+                ce = answer_loss(wire, part)
+                total = total + ce
+                losses["loss_ce"] += ce.item() / accumulation
+            (total / accumulation).backward()
+        norm = torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *adapter.parameters()], 1.0)
+        if not math.isfinite(sum(losses.values()) + norm.item()):
+            kept = f"the checkpoint of step {good_step} is kept" if good_step else "there is no checkpoint yet"
+            raise common.UserError(
+                f"loss or gradient is not a number at step {step + 1}: stopped, {kept}; try a smaller --lr"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        train_seconds = time.perf_counter() - started
+        if step % 10 == 0 or step in (1, steps):
+            history.append(common.rounded({"step": step, "lr": args.lr * scale} | losses))
+            common.append_jsonl(out / "metrics.jsonl", history[-1] | {"seconds": round(train_seconds, 1)})
+        progress.show(step, " ".join(f"{n.removeprefix('loss_')} {v:.4f}" for n, v in losses.items() if v))
+        if step % max(1, steps // 4) == 0 or step == steps:
+            common.print_samples(reader, data, wire.send, wire.receive)
+            common.save_checkpoint(
+                checkpoint_path,
+                {
+                    "adapter": adapter.state_dict(), "encoder": encoder.state_dict(),
+                    "optimizer": optimizer.state_dict(), "step": step, "train_seconds": train_seconds,
+                    "history": history, "arguments": run_arguments, "fingerprint": reader.fingerprint,
+                },
+            )  # fmt: skip
+            good_step = step
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # evaluation: the wire and every control, on test passages whose names were never seen
+    print(f"evaluating on {len(data.test)} test rows", flush=True)
+    eval_started = time.perf_counter()
+    encoder.eval()
+    batch_size = 2 * args.micro_batch_size  # no gradients: twice the rows fit
+    metrics, records = common.evaluate(reader, data, batch_size, wire.send, wire.receive)
+    print("  controls: the encoder's own targets, the true codes through the same adapter", flush=True)
+    controls = measure_encoder(wire, table_codes, data.test)
+
+    def send_true_codes(prompt: common.Prompt) -> bytes:
+        codes = table_codes[prompt.ids]
+        return struct.pack("<I", len(codes)) + codes.cpu().numpy().astype("<f2").tobytes()
+
+    if data.kind == "text":
+        what, true_codes = "NLL", common.mean_nll(reader, data.test, batch_size, send_true_codes, wire.receive)
+    else:
+        messages = [send_true_codes(common.sent_prompt(reader, row)) for row in data.test]
+        what, true_codes = "F1", common.score(common.generate(reader, messages, batch_size, wire.receive), data.test)[0]
+    controls["true_codes"] = true_codes
+    metrics |= {
+        "stage": STAGE, "model": args.model, "data": args.data, "seed": args.seed,
+        "steps": saved_config["arguments"]["steps"] if args.eval_only else args.steps,
+        "train_seconds": saved_config["metrics"]["train_seconds"] if args.eval_only else train_seconds,
+        "eval_seconds": time.perf_counter() - eval_started, "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."), "versions": common.versions(), "commit": common.commit(),
+    }  # fmt: skip
+    metrics = common.rounded(metrics)
+    extra = [
+        ("token ends: F1", f"{controls['boundary_f1']:.2f}", f"all right in {controls['whole_prompts']:.1f}% of prompts"),
+        ("exact tokens, %", f"{controls['exact_token']:.2f}", "nearest embedding after the adapter, at the right end"),
+        ("cosine of codes", f"{controls['code_cosine']:.3f}", "with the PCA codes, at the right ends"),
+        (f"true codes, same adapter: {what}", f"{true_codes:.3f}", "stage 1: what the encoder is measured against"),
+    ]  # fmt: skip
+    config = {
+        "stage": STAGE, "model": args.model, "fingerprint": reader.fingerprint, "embedding_width": d, "code_dim": k,
+        "adapter": adapter.kind, "stage1": args.stage1, "llm_steps": args.llm_steps, "without": args.without,
+        "data": args.data, "arguments": saved_config["arguments"] if args.eval_only else run_arguments,
+        "metrics": metrics, "controls": common.rounded(controls),
+    }  # fmt: skip
+    tensors = {
+        "mean": mean, "components": components, "target_rms": wire.constant_rms, "prefix_codes": wire.prefix_codes,
+    }  # fmt: skip
+    tensors |= {f"adapter.{name}": tensor for name, tensor in adapter.state_dict().items()}
+    tensors |= {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    common.finish_run(out, tensors, config, history, records, extra, f"stage 2: bytes -> {k} numbers a token")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,204 @@
+"""Stage 2 as its users run it, and the promises of its encoder: no tokenizer, any text, known targets."""
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from unittest.mock import Mock
+
+import pytest
+import torch
+from conftest import HERE, SHARED, need, run_stage
+
+import common
+import stage2_encoder as stage2
+
+QUICK = ("--steps", "4", "--llm-steps", "2", "--batch-size", "4", "--eval-examples", "8")
+ODD_TEXTS = (
+    "Hello Émile 😀 naïve  x\n12345 cafe\u0301", "ALL CAPS and lower", "👍🏽🇫🇷❤️ ok", "1234567890 3.14159", "\t\n  \n",
+    "中文字 한국어", "a", " ", "Zürich–Łódź “quoted”…", "\x00\x7f", "x" * 300,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=("tiny", "tiny-qwen", "stories260k"))
+def reader(request):
+    name = request.param
+    if name == "stories260k":
+        name = str(need(SHARED / "models" / name))
+    return common.load_reader(name, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def wire():
+    """An encoder with random weights: what it promises does not depend on what it learned."""
+    reader = common.load_reader("tiny", torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)
+    codes = torch.randn(len(reader.table), 24)
+    adapter = stage2.Adapter(
+        "codebook",
+        common.PCA(torch.zeros(192), torch.zeros(192, 24), torch.ones(192)),
+        reader.table,
+        codes,
+        torch.ones(1024),
+    )
+    return stage2.Wire(reader, stage2.Encoder(24).eval(), adapter, codes[[1]], torch.tensor(0.1))
+
+
+# --- targets from the tokenizer
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_token_ends_spell_the_bytes(reader, text):
+    spelled = common.spelled_text(reader, text)
+    ids, ends = common.token_ends(reader, spelled)
+    raw = spelled.encode()
+    assert ends[-1] == len(raw) and ends == sorted(set(ends)) and len(ids) == len(ends)
+    assert common.prefix_ids(reader) + ids == common.tokenize(reader, text)
+    # each token alone says the bytes between its neighbours' ends, where these are whole characters
+    for token, start, end in zip(ids, [0, *ends[:-1]], ends, strict=True):
+        try:
+            piece = raw[start:end].decode()
+        except UnicodeDecodeError:
+            continue
+        if piece.isprintable():
+            assert reader.tokenizer.decode([token]).strip() == piece.strip()
+
+
+def test_odd_text_is_text_that_the_tokenizer_spells(reader):
+    prompt = "Pergalan is a firm. It sells olive oil.\nQuestion: What does Pergalan sell?\nAnswer:"
+    rng = random.Random(0)
+    texts = [stage2.odd_text(rng, prompt, reader) for _ in range(200)]
+    assert len(set(texts)) > 190 and any(not text.isascii() for text in texts)
+    for text in texts:
+        common.token_ends(reader, common.spelled_text(reader, text))
+
+
+# --- the sender
+
+
+def test_the_sender_never_calls_the_tokenizer(wire, monkeypatch):
+    class Raises:
+        """Has the tokenizer's description, and raises for whatever would tokenize."""
+
+        backend_tokenizer = Mock(spec=["to_str"], to_str=wire.reader.tokenizer.backend_tokenizer.to_str)
+
+        def __getattr__(self, name):
+            raise AssertionError(f"the sender asked the tokenizer for {name}")
+
+        def __call__(self, *args, **kwargs):
+            raise AssertionError("the sender called the tokenizer")
+
+    prompt = "Pergalan sells olive oil."
+    expected = wire.send(common.Prompt(prompt, [1, 2, 3], False))
+    monkeypatch.setattr(wire.reader, "tokenizer", Raises())
+    assert wire.send(common.Prompt(prompt, [], False)) == expected
+    assert len(wire.receive(expected)) == (len(expected) - 4) // 48
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_any_text_becomes_a_message(wire, text):
+    message = wire.send(common.Prompt(text, [], False))
+    received = wire.receive(message)
+    assert 2 <= len(received) <= 1 + len(text.encode()) and torch.isfinite(received).all()
+
+
+def test_text_that_is_no_text_is_refused_in_one_line(wire):
+    for text, words in (("", "no bytes to send"), ("half a pair \ud800", "surrogate")):
+        with pytest.raises(common.UserError, match=words):
+            wire.send(common.Prompt(text, [], False))
+
+
+def test_padding_and_distant_text_change_nothing(wire):
+    """A byte sees REACH neighbours: the middle of a text 10 times as long is encoded as it is alone."""
+    text = "Pergalan sells olive oil to the town of Stelvidan. "
+    alone, features = wire.encoder(stage2.to_bytes([text], torch.device("cpu")))
+    together, padded = wire.encoder(stage2.to_bytes([text, text * 3], torch.device("cpu")))
+    torch.testing.assert_close(padded[0, : len(text)], features[0])
+    long, _ = wire.encoder(stage2.to_bytes([text * 10], torch.device("cpu")))
+    reach = wire.encoder.REACH
+    torch.testing.assert_close(long[0, reach : len(text)], together[1, reach : len(text)])
+    middle = slice(4 * len(text), 5 * len(text))
+    torch.testing.assert_close(long[0, middle], long[0, len(text) : 2 * len(text)], rtol=1e-4, atol=1e-4)
+
+
+# --- splicing any number of positions in front of an answer
+
+
+def test_splice_puts_the_answer_behind_whatever_was_received(wire):
+    reader = wire.reader
+    rows = common.load_data("tiny", reader, 3).test
+    batch = common.make_batch(reader, rows)
+    real = [reader.table[common.sent_prompt(reader, row).ids] for row in rows]
+    same, embeddings = common.splice(reader, batch, real)
+    assert torch.equal(same.labels, batch.labels) and torch.equal(same.attention, batch.attention)
+    torch.testing.assert_close(embeddings, reader.table[batch.ids] * batch.attention[..., None])
+    shorter, embeddings = common.splice(reader, batch, [part[-5:] for part in real])
+    for i in range(3):
+        targets = batch.labels[i][batch.labels[i] != common.IGNORE]
+        assert torch.equal(shorter.labels[i][shorter.labels[i] != common.IGNORE], targets)
+        assert shorter.labels[i, 4] == targets[0]  # the last position of the message predicts the first answer token
+        assert torch.equal(embeddings[i, 5 : 4 + len(targets)], reader.table[targets[:-1]])
+
+
+# --- the script
+
+
+def test_smoke_run_and_evaluation_of_what_it_trained(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "stage2_encoder.py", "--smoke", "--out", tmp_path / "out"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().split("\n")[-1])
+    assert list(result) == common.RESULT_KEYS and result["stage"] == "stage2"
+    assert result["wire_bytes"] == pytest.approx(4 + result["positions"] * 48)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["controls"]["boundary_f1"] > 50 and config["controls"]["true_codes"] > 90
+    again = run_stage(stage2, "--eval-only", tmp_path / "out", "--eval-examples", "40", "--out", tmp_path / "again")
+    assert again.code == 0, again.stderr
+    for key in ("f1", "em", "nll_wire", "wire_bytes", "positions", "unique_answers"):
+        assert again.result[key] == result[key]
+
+
+def test_resumed_run_equals_an_unbroken_one_and_the_llm_stays(tmp_path, monkeypatch):
+    readers, load = [], common.load_reader
+    monkeypatch.setattr(common, "load_reader", lambda *args: readers.append(load(*args)) or readers[-1])
+    assert run_stage(stage2, *QUICK, "--out", tmp_path / "whole").code == 0
+    fresh = load("tiny", torch.device("cpu"), torch.float32).model.state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in readers[0].model.state_dict().items())
+    save = common.save_checkpoint
+
+    def save_then_stop(path, payload):
+        save(path, payload)
+        if payload["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_checkpoint", save_then_stop)
+    assert run_stage(stage2, *QUICK, "--out", tmp_path / "broken").code == 130
+    monkeypatch.setattr(common, "save_checkpoint", save)
+    resumed = run_stage(stage2, *QUICK, "--resume", "--out", tmp_path / "broken")
+    assert resumed.code == 0 and "resumed at step 3" in resumed.stdout
+    wires = [hashlib.sha256((tmp_path / n / "wire.safetensors").read_bytes()).hexdigest() for n in ("whole", "broken")]
+    assert wires[0] == wires[1]
+
+
+@pytest.mark.parametrize("without", stage2.ABLATIONS)
+def test_every_ablation_runs(without, tmp_path):
+    run = run_stage(stage2, *QUICK, "--without", without, "--out", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["without"] == without
+
+
+def test_a_stage1_wire_that_does_not_fit_is_refused(tmp_path, random_llm):
+    for flags, words in (
+        (("--model", "tiny-qwen", "--stage1", HERE / "tiny/wires/stage1"), "was trained for another LLM"),
+        (("--stage1", tmp_path), "is not a trained wire"),
+        (("--model", random_llm), "stage 2 starts from a stage-1 wire"),
+        (("--llm-steps", "-1"), "--llm-steps: must be 0 or more"),
+    ):
+        run = run_stage(stage2, *flags, "--out", tmp_path / "out")
+        assert run.code == 2 and words in run.stderr and run.stderr.count("\n") == 1, run.stderr
+        assert not (tmp_path / "out" / "wire.safetensors").exists()
