@@ -693,8 +693,8 @@ def spelled_text(reader: Reader, text: str) -> str:
 def token_ends(reader: Reader, spelled: str) -> tuple[list[int], list[int]]:
     """(ids, ends): the tokens of a `spelled_text` and where each ends, in bytes of its UTF-8, without `prefix_ids`.
 
-    From the tokens' names: byte-level BPE has one letter for a byte, sentencepiece writes "▁" for a space and <0xE2> for
-    a byte without a token. Raises UserError if the names do not spell the text.
+    From the tokens' names: byte-level BPE has one letter for a byte, sentencepiece writes "▁" for a space and
+    <0xE2> for a byte without a token. Raises UserError if the names do not spell the text.
     """
     tokenizer = reader.tokenizer
     text = spelled[1:] if spelled_text(reader, "") else spelled

@@ -461,7 +461,7 @@ def main() -> None:
     }  # fmt: skip
     metrics = common.rounded(metrics)
     extra = [
-        ("token ends: F1", f"{controls['boundary_f1']:.2f}", f"all right in {controls['whole_prompts']:.1f}% of prompts"),
+        ("token ends: F1", f"{controls['boundary_f1']:.2f}", f"all right in {controls['whole_prompts']:.1f}% of texts"),
         ("exact tokens, %", f"{controls['exact_token']:.2f}", "nearest embedding after the adapter, at the right end"),
         ("cosine of codes", f"{controls['code_cosine']:.3f}", "with the PCA codes, at the right ends"),
         (f"true codes, same adapter: {what}", f"{true_codes:.3f}", "stage 1: what the encoder is measured against"),

@@ -1,0 +1,147 @@
+"""Measure the stages: every run behind the README's tables, as JSON in results/<stage>/. Runs that are there are kept.
+
+    python results/run_stages.py stage2       # one stage; several at a time, one thread each
+    python results/make.py                    # README tables and figures from the JSON
+
+The real-weights rows need a directory with models/stories260k, data/text/tinystories_sample.txt and
+data/squad/dev-v1.1.json beside the checkout (--shared); without it they are left out and said to be.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+from tiny import world  # noqa: E402
+
+SCRIPTS = {
+    "stage0": "stage0_broken.py",
+    "stage1": "stage1_pca_adapter.py",
+    "stage2": "stage2_encoder.py",
+}
+WIDTHS = {"tiny": (24, 12), "tiny-qwen": (20, 10)}  # 8x and 16x fewer dimensions than 192 and 160
+ACCENTS = str.maketrans("aeioucnAEIOUCN", "áéíöüçñÁÉÍÖÜÇÑ")
+EMOJI = "😀🚀🌍🎉🐟🍞"
+# passages that no training passage looks like: name -> what becomes of a text
+HARDER = {
+    "upper": lambda text, rng: text.upper(),
+    "lower": lambda text, rng: text.lower(),
+    "digits": lambda text, rng: " ".join(
+        w + str(rng.randrange(1000)) if w[0].isupper() and w.isalpha() else w for w in text.split(" ")
+    ),
+    "accents": lambda text, rng: text.translate(ACCENTS),
+    "emoji": lambda text, rng: text.replace(". ", f". {rng.choice(EMOJI)} ") + rng.choice(EMOJI),
+}
+
+
+def stage0(shared: str) -> dict[str, list[str]]:
+    runs = {f"{model}-seed{seed}": ["--model", model, "--seed", str(seed)] for seed in (0, 1, 2) for model in WIDTHS}
+    for lr in ("1e-4", "3e-4", "3e-3"):  # the default is 1e-3
+        runs[f"tiny-lr{lr}"] = ["--model", "tiny", "--lr", lr]
+    runs["tiny-steps4800"] = ["--model", "tiny", "--steps", "4800"]
+    return runs
+
+
+def stage1(shared: str) -> dict[str, list[str]]:
+    """name of the result -> flags, the headline first."""
+    runs = {}
+    for seed in (0, 1, 2):
+        for model, widths in WIDTHS.items():
+            for k in widths:
+                flags = ["--model", model, "--code-dim", str(k), "--seed", str(seed)]
+                runs[f"{model}-k{k}-codebook-seed{seed}"] = flags
+    if (ROOT / shared).is_dir():
+        stories = ["--model", f"{shared}/models/stories260k", "--code-dim", "8"]
+        text = ["--data", f"{shared}/data/text/tinystories_sample.txt"]
+        for adapter in ("codebook", "linear", "mlp"):
+            runs[f"stories260k-k8-{adapter}"] = [*stories, *text, "--adapter", adapter]
+        runs["stories260k-k8-codebook-sent"] = [*stories, *text, "--rms", "sent"]
+        runs["stories260k-squad"] = [
+            *stories, "--data", f"{shared}/data/squad/dev-v1.1.json", "--steps", "50", "--eval-examples", "500",
+        ]  # fmt: skip
+    for model, (k, narrow) in WIDTHS.items():  # one seed: these explain the headline, they are not it
+        for width in (k, narrow):
+            for adapter in ("linear", "mlp"):
+                flags = ["--model", model, "--code-dim", str(width), "--adapter", adapter]
+                runs[f"{model}-k{width}-{adapter}-seed0"] = [*flags, "--seed", "0"]
+        base = ["--model", model, "--code-dim"]
+        runs[f"{model}-k{k}-codebook-sent"] = [*base, str(k), "--rms", "sent"]
+        runs[f"{model}-k{k}-linear-sent"] = [*base, str(k), "--adapter", "linear", "--rms", "sent"]
+        runs[f"{model}-k{narrow}-linear-kd"] = [*base, str(narrow), "--adapter", "linear", "--kd-weight", "1"]
+    return runs
+
+
+def stage2(shared: str) -> dict[str, list[str]]:
+    runs = {f"{model}-seed{seed}": ["--model", model, "--seed", str(seed)] for seed in (0, 1, 2) for model in WIDTHS}
+    for without in ("code-target", "boundary-target", "stage1-adapter", "pca"):
+        runs[f"tiny-without-{without}"] = ["--model", "tiny", "--without", without]
+    runs["tiny-without-llm-steps"] = ["--model", "tiny", "--llm-steps", "0"]
+    for model, wire in (("tiny", "stage2"), ("tiny-qwen", "stage2-qwen")):
+        for name in HARDER:
+            file = f"out/results/harder-{name}.jsonl"
+            runs[f"{model}-{name}"] = ["--eval-only", f"tiny/wires/{wire}", "--data", file, "--eval-examples", "300"]
+    if (ROOT / shared).is_dir():
+        stories = ["--model", f"{shared}/models/stories260k", "--data", f"{shared}/data/text/tinystories_sample.txt"]
+        runs["stories260k"] = [*stories, "--stage1", "out/results/stories260k-k8-codebook"]
+    return runs
+
+
+def write_harder(folder: Path) -> None:
+    """Each file: 3,400 test passages, changed. A tenth of a file is its test set, so that about 340 are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = world.make_examples("test", 3400)
+    for name, change in HARDER.items():
+        rng = random.Random(name)
+        with (folder / f"harder-{name}.jsonl").open("w", encoding="utf-8") as file:
+            for example in examples:
+                state = rng.getstate()
+                row = {}
+                for key in ("context", "question"):
+                    rng.setstate(state)
+                    row[key] = change(example[key], rng)
+                row["answers"] = [change(answer, rng) for answer in example["answers"]]
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def measure(stage: str, name: str, flags: list[str]) -> bool:
+    """Run a stage once and keep its config.json, metrics included; False if it failed."""
+    target = HERE / stage / f"{name}.json"
+    if target.exists():
+        return True
+    out = ROOT / "out" / "results" / name
+    command = [sys.executable, SCRIPTS[stage], *flags, "--device", "cpu", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        print(f"{name}: FAILED\n{done.stderr}", flush=True)
+        return False
+    config = json.loads((out / "config.json").read_text())
+    row = {"command": " ".join([f"python {SCRIPTS[stage]}", *flags]), "threads": 1} | config
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(row, indent=2) + "\n")
+    print(name, done.stdout.strip().split("\n")[-1][:400], flush=True)
+    return True
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("stage", choices=SCRIPTS)
+    parser.add_argument("--shared", default="../shared", help="directory with the real weights and data")
+    parser.add_argument("--only", default="", help="run only names that contain this")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    args = parser.parse_args()
+    if not (ROOT / args.shared).is_dir():
+        print(f"{args.shared} is not there: the rows on real weights are left out")
+    if args.stage == "stage2":
+        write_harder(ROOT / "out" / "results")
+    runs = {"stage0": stage0, "stage1": stage1, "stage2": stage2}[args.stage](args.shared)
+    with ThreadPoolExecutor(args.workers) as pool:
+        jobs = [pool.submit(measure, args.stage, n, flags) for n, flags in runs.items() if args.only in n]
+        sys.exit(not all([job.result() for job in jobs]))
