@@ -81,7 +81,7 @@ def use(monkeypatch, form: str) -> str:
         return "cpu"
     if not adapter.HAVE_TRITON:
         pytest.skip("triton is not installed")
-    monkeypatch.setattr(adapter, "interpret_on_cpu", True)
+    monkeypatch.setattr(adapter, "interpret_on_cpu", not NATIVE)
     monkeypatch.setattr(adapter, "choose_form", lambda *sizes: form)
     return "cuda" if NATIVE else "cpu"
 

@@ -496,6 +496,11 @@ def _on_device(tensor: Tensor):
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
+def _near(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if its columns are 2^31 numbers apart: kernels count rows in 64 bits, columns in 32."""
+    return tensor.contiguous() if tensor.stride(1) * (tensor.shape[1] - 1) >= 2**31 else tensor
+
+
 def _target_row(target: Tensor) -> int:
     return 0 if target.numel() == 1 else 1
 
@@ -507,7 +512,7 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tenso
 def _launch_fused(x, ids, mean, components, weight, bias, target) -> tuple[Tensor, Tensor]:
     """From x if mean and components are given, else from codes."""
     k, d = weight.shape
-    N = len(x) if ids is None else len(ids)
+    x, N = _near(x), len(x) if ids is None else len(ids)
     out, scale = _empty(x, N, d), _empty(x, N, 1, dtype=torch.float32)
     from_x = mean is not None
     options = _options("fused", x, N)
@@ -524,7 +529,7 @@ def _launch_fused(x, ids, mean, components, weight, bias, target) -> tuple[Tenso
 
 def _launch_code_norm(codes, ids, gram, weight, bias, target) -> Tensor:
     k, d = weight.shape
-    N = len(codes) if ids is None else len(ids)
+    codes, N = _near(codes), len(codes) if ids is None else len(ids)
     scale = _empty(codes, N, 1, dtype=torch.float32)
     options = _options("code_norm", codes)
     with _on_device(codes):
@@ -539,7 +544,7 @@ def _launch_code_norm(codes, ids, gram, weight, bias, target) -> Tensor:
 def _launch_matmul(a, ids, b, bias, scale) -> Tensor:
     """(a[ids] @ b + bias) * scale; ids and scale may be None. bias may have another dtype than a."""
     k, n = b.shape
-    N = len(a) if ids is None else len(ids)
+    a, N = _near(a), len(a) if ids is None else len(ids)
     out = _empty(a, N, n)
     options = _options("matmul", a)
     grid = (triton.cdiv(N, options["BM"]) * triton.cdiv(n, options["BN"]),)
@@ -563,7 +568,7 @@ def _launch_match_rms(y, target) -> Tensor:
 
 def _launch_grad_rows(g, out, scale) -> tuple[Tensor, Tensor]:
     """(<g, out> [N, 1], sum of scale * g [d]), both float32."""
-    N, d = g.shape
+    g, (N, d) = _near(g), g.shape
     options = _options("grad_rows", g)
     programs = triton.cdiv(N, options["BM"])
     dots, column_sums = _empty(g, N, 1, dtype=torch.float32), _empty(g, programs, d, dtype=torch.float32)
@@ -574,7 +579,7 @@ def _launch_grad_rows(g, out, scale) -> tuple[Tensor, Tensor]:
 
 def _launch_grad_codes(g, codes, ids, gram, weight, scale, alpha) -> Tensor:
     k, d = weight.shape
-    N = len(g)
+    g, codes, N = _near(g), _near(codes), len(g)
     out = _empty(g, N, k)
     options = _options("grad_codes", g)
     with _on_device(g):
