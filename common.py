@@ -715,6 +715,20 @@ def token_ends(reader: Reader, spelled: str) -> tuple[list[int], list[int]]:
     return ids, ends
 
 
+def to_bytes(texts: list[str], device: torch.device) -> Tensor:
+    """[B, N] bytes of UTF-8, padded with 256. Raises UserError for a text that is empty or not text."""
+    try:
+        raw = [text.encode() for text in texts]
+    except UnicodeEncodeError:
+        raise UserError("the prompt holds half a surrogate pair, which is no text") from None
+    if not all(raw):
+        raise UserError("the prompt is empty: there are no bytes to send")
+    padded = np.full((len(raw), max(map(len, raw))), 256)
+    for row, data in zip(padded, raw, strict=True):
+        row[: len(data)] = np.frombuffer(data, np.uint8)
+    return torch.from_numpy(padded).to(device)
+
+
 def prefix_ids(reader: Reader) -> list[int]:
     """The tokens before any text that start every prompt (a start token, or none)."""
     return [] if reader.tokenizer.chat_template else reader.tokenizer("", add_special_tokens=True)["input_ids"]

@@ -111,15 +111,6 @@ class Adapter(nn.Module):
         return self.out(self.norm(latents)) * self.log_gain.exp()
 
 
-def to_bytes(texts: list[str], device: torch.device) -> Tensor:
-    """[B,N] bytes of UTF-8, padded with 256."""
-    raw = [text.encode() for text in texts]
-    padded = np.full((len(raw), max(map(len, raw))), 256)
-    for row, data in zip(padded, raw, strict=True):
-        row[: len(data)] = np.frombuffer(data, np.uint8)
-    return torch.from_numpy(padded).to(device)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the wire: text -> message -> embeddings
 
@@ -132,7 +123,7 @@ class Wire:
 
     @torch.no_grad()
     def send(self, prompt: common.Prompt) -> bytes:
-        latents = self.encoder(to_bytes([prompt.text or " "], self.reader.device))[0]  # [M,256]
+        latents = self.encoder(common.to_bytes([prompt.text], self.reader.device))[0]  # [M,256]
         return latents.cpu().numpy().astype("<f2").tobytes()
 
     @torch.no_grad()
@@ -145,7 +136,7 @@ class Wire:
 def answer_loss(wire: Wire, rows: list[dict]) -> Tensor:
     """Cross-entropy of every answer token, EOS included. There is no other loss."""
     texts = [common.sent_prompt(wire.reader, row).text for row in rows]
-    embeddings = wire.adapter(wire.encoder(to_bytes(texts, wire.reader.device)))  # [B,M,d]
+    embeddings = wire.adapter(wire.encoder(common.to_bytes(texts, wire.reader.device)))  # [B,M,d]
     batch, spliced = common.splice(wire.reader, common.make_batch(wire.reader, rows), list(embeddings))
     logits = common.answer_logits(wire.reader, batch, spliced)
     return F.cross_entropy(logits, batch.labels[batch.labels != common.IGNORE])
@@ -160,7 +151,7 @@ def latents_of(wire: Wire, rows: list[dict]) -> Tensor:
     """[rows, M, 256]"""
     prompts = [common.sent_prompt(wire.reader, row).text for row in rows]
     return torch.cat(
-        [wire.encoder(to_bytes(prompts[i : i + 50], wire.reader.device)) for i in range(0, len(prompts), 50)]
+        [wire.encoder(common.to_bytes(prompts[i : i + 50], wire.reader.device)) for i in range(0, len(prompts), 50)]
     )
 
 

@@ -95,15 +95,6 @@ class Encoder(nn.Module):
         return self.end(x)[..., 0], x
 
 
-def to_bytes(texts: list[str], device: torch.device) -> Tensor:
-    """[B,N] bytes of UTF-8, padded with 256."""
-    raw = [text.encode() for text in texts]
-    padded = np.full((len(raw), max(map(len, raw))), 256)
-    for row, data in zip(padded, raw, strict=True):
-        row[: len(data)] = np.frombuffer(data, np.uint8)
-    return torch.from_numpy(padded).to(device)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the wire: text -> message -> embeddings. The sender has the encoder; the receiver has adapter and LLM.
 
@@ -123,7 +114,7 @@ class Wire:
     @torch.no_grad()
     def segment(self, text: str) -> tuple[Tensor, Tensor]:
         """(ends [L] in bytes, codes [L,k]) that the encoder finds in a text."""
-        data = to_bytes([text], self.reader.device)
+        data = common.to_bytes([text], self.reader.device)
         logits, features = self.encoder(data)  # [1,N], [1,N,C]
         is_end = logits[0] > 0
         if self.fixed_length:
@@ -133,12 +124,7 @@ class Wire:
 
     def send(self, prompt: common.Prompt) -> bytes:
         """Text of a prompt -> message. Its token ids are not looked at. Raises UserError for text that is no text."""
-        if not prompt.text:
-            raise common.UserError("the prompt is empty: there are no bytes to send")
-        try:
-            _, codes = self.segment(common.spelled_text(self.reader, prompt.text))
-        except UnicodeEncodeError:
-            raise common.UserError("the prompt holds half a surrogate pair, which is no text") from None
+        _, codes = self.segment(common.spelled_text(self.reader, prompt.text))
         codes = torch.cat([self.prefix_codes, codes])
         return struct.pack("<I", len(codes)) + codes.cpu().numpy().astype("<f2").tobytes()
 
@@ -224,7 +210,7 @@ def answer_loss(wire: Wire, rows: list[dict]) -> Tensor:
     reader = wire.reader
     prompts = [common.sent_prompt(reader, row) for row in rows]
     texts = [common.spelled_text(reader, prompt.text) for prompt in prompts]
-    data = to_bytes(texts, reader.device)
+    data = common.to_bytes(texts, reader.device)
     if wire.fixed_length:
         is_end = torch.zeros_like(data, dtype=torch.bool)
         is_end[:, wire.fixed_length - 1 :: wire.fixed_length] = True
@@ -390,7 +376,7 @@ def main() -> None:
                 texts = [common.sent_prompt(reader, row).text for row in part]
                 texts += [odd_text(rng, text, reader) for text in texts]
                 texts = [common.spelled_text(reader, text) for text in texts]
-                data_bytes = to_bytes(texts, device)  # [2B,N]
+                data_bytes = common.to_bytes(texts, device)  # [2B,N]
                 real, is_end, ids = known_targets(reader, texts, data_bytes)
                 logits, features = encoder(data_bytes)
                 end = F.binary_cross_entropy_with_logits(logits[real], is_end[real].float())

@@ -1,4 +1,4 @@
-"""README tables and figures from the JSON in results/stage1/ and results/kernels/. Nothing in them is typed by hand.
+"""README tables and figures from the JSON in results/. Nothing in them is typed by hand.
 
 python results/make.py            # rewrites the README between its markers, results/stage1.png and results/roofline.png
 python results/make.py --check    # exit code 1 if the README does not say what the JSON says
@@ -118,6 +118,141 @@ def identity(rows: list[dict]) -> list[str]:
     total = sum(r["metrics"]["examples"] for r in runs)
     what = "answers are those from text"
     return [f"Identity wire (k = d, the RMS sent): {same} of {total} {what}, over all {len(runs)} runs."]
+
+
+def by_seed(stage: str) -> dict[str, list[dict]]:
+    """model -> its runs with the default flags, one per seed."""
+    groups = defaultdict(list)
+    for path in sorted((HERE / stage).glob("*-seed*.json")):
+        row = json.loads(path.read_text())
+        groups[row["model"]].append(row)
+    return {model: groups[model] for model in ORDER if model in groups}
+
+
+def collapse(rows: list[dict]) -> list[str]:
+    lines = [
+        "| reader | F1 from text | F1 through the wire | no context | commonest answer, % | different "
+        "answers to 1,000 | "
+        "latents' cosine | first token right, % | seeds | command |",
+        "|---" * 10 + "|",
+    ]
+    for model, group in by_seed("stage0").items():
+        lines.append(
+            f"| {model} | {spread(group, 'text_f1')} | {spread(group, 'f1')} | {spread(group, 'no_context_f1')} | "
+            f"{spread(group, 'commonest_share')} | {spread(group, 'unique_answers')} | "
+            f"{statistics.mean(row['controls']['latent_cosine'] for row in group):.3f} | "
+            f"{spread(group, 'first_token_accuracy')} | {len(group)} | `{without_seed(group[0]['command'])}` |"
+        )
+    return lines
+
+
+def causes(rows: list[dict]) -> list[str]:
+    """One line of evidence for each cause, of seed 0 on each reader."""
+    lines = []
+    for model, group in by_seed("stage0").items():
+        c, m = group[0]["controls"], group[0]["metrics"]
+        lines += [
+            f"- **{model}.** Too many unknowns: gradient RMS {c['gradient_encoder']:.1e} a parameter of the encoder, "
+            f"{c['gradient_adapter']:.1e} of the adapter; F1 {c['random_encoder_f1']:.1f} with the encoder "
+            "random again, "
+            f"{c['random_adapter_f1']:.1f} with the adapter. No supervision: linear probes read "
+            f"{c['probe_accuracy']:.1f}% "
+            f"of the tokens off the latents, guessing {c['probe_guess']:.1f}%. Compression: 32 positions for "
+            f"{m['text_positions']:.0f} tokens; {c['bits_offered']:.0f} bits offered, {c['bits_needed']:.0f} needed, "
+            f"{c['effective_dimensions']:.1f} of 8192 dimensions used. Mismatch: cosine "
+            f"{c['nearest_cosine']:.2f} to the "
+            f"nearest token, RMS {c['rms']:.3f} against {c['real_rms']:.3f}, norm of the mean "
+            f"{c['mean_norm']:.2f} against "
+            f"{c['real_mean_norm']:.2f}."
+        ]
+    return lines
+
+
+def sweep(rows: list[dict]) -> list[str]:
+    lines = ["| learning rate | steps | F1 | no context | NLL of the answer | different answers |", "|---" * 6 + "|"]
+    for row in sorted(load("stage0"), key=lambda row: (row["arguments"]["steps"], row["arguments"]["lr"])):
+        if row["model"] == "tiny" and row["arguments"]["seed"] == 0:
+            m = row["metrics"]
+            lines.append(
+                f"| {row['arguments']['lr']:g} | {row['arguments']['steps']} | {m['f1']:.1f} | "
+                f"{m['no_context_f1']:.1f} | "
+                f"{m['nll_wire']:.2f} | {m['unique_answers']} |"
+            )
+    return lines
+
+
+def encoder(rows: list[dict]) -> list[str]:
+    lines = [
+        "| reader | F1 from text | F1 through the wire | retention, % | token ends, F1 | exact tokens, "
+        "% | code cosine | "
+        "true codes: F1 | no context | shuffled | bytes: wire / text | seeds | command |",
+        "|---" * 13 + "|",
+    ]
+    for model, group in by_seed("stage2").items():
+        m = group[0]["metrics"]
+        ends, tokens, cosine = (
+            statistics.mean(row["controls"][key] for row in group)
+            for key in ("boundary_f1", "exact_token", "code_cosine")
+        )
+        lines.append(
+            f"| {model} | {spread(group, 'text_f1')} | {spread(group, 'f1')} | {spread(group, 'retention')} "
+            f"| {ends:.2f} | "
+            f"{tokens:.2f} | {cosine:.3f} | {spread(group, 'true_codes')} | {spread(group, 'no_context_f1')} | "
+            f"{spread(group, 'shuffled_f1')} | {m['wire_bytes']:.0f} / {m['text_bytes']:.0f} | {len(group)} | "
+            f"`{without_seed(group[0]['command'])}` |"
+        )
+    return lines
+
+
+def ablations(rows: list[dict]) -> list[str]:
+    lines = [
+        "| left out | F1 | retention, % | token ends, F1 | exact tokens, % | command |",
+        "|---" * 6 + "|",
+    ]
+    names = [path for path in sorted((HERE / "stage2").glob("tiny-without-*.json"))]
+    for path in [HERE / "stage2" / "tiny-seed0.json", *names]:
+        row = json.loads(path.read_text())
+        m, c = row["metrics"], row["controls"]
+        left = path.stem.removeprefix("tiny-without-").replace("-", " ") if path in names else "nothing"
+        lines.append(
+            f"| {left} | {m['f1']:.1f} | {m['retention']:.1f} | {c['boundary_f1']:.2f} | {c['exact_token']:.2f} | "
+            f"`{row['command']}` |"
+        )
+    if not names:
+        lines.append("\nThe ablations are not measured yet: `python results/run_stages.py stage2 --only without`.")
+    return lines
+
+
+def harder(rows: list[dict]) -> list[str]:
+    found = [row for row in load("stage2") if "harder-" in row["data"]]
+    if not found:
+        return ["Not measured yet: `python results/run_stages.py stage2`."]
+    lines = [
+        "| reader | passages | F1 from text | F1 through the wire | retention, % | token ends, F1 | exact tokens, % |",
+        "|---" * 7 + "|",
+    ]
+    for row in sorted(found, key=lambda row: (ORDER.index(row["model"]), row["data"])):
+        m, c = row["metrics"], row["controls"]
+        kind = Path(row["data"]).stem.removeprefix("harder-")
+        lines.append(
+            f"| {row['model']} | {kind} | {m['text_f1']:.1f} | {m['f1']:.1f} | {m['retention']:.1f} | "
+            f"{c['boundary_f1']:.2f} | {c['exact_token']:.2f} |"
+        )
+    return lines
+
+
+def encoder_real_weights(rows: list[dict]) -> list[str]:
+    found = [row for row in load("stage2") if row["data"].endswith(".txt")]
+    if not found:
+        return ["On stories260k: not measured yet."]
+    m, c = found[0]["metrics"], found[0]["controls"]
+    return [
+        f"On stories260k (`{found[0]['command']}`), the second half of a window of text, with its first "
+        "half read through "
+        f"the wire: {m['nll_wire']:.3f} nats per token, against {m['nll_text']:.3f} from text and "
+        f"{c['true_codes']:.3f} "
+        f"with the true codes; token ends {c['boundary_f1']:.2f}, exact tokens {c['exact_token']:.2f}%."
+    ]
 
 
 def provenance(bench: dict) -> str:
@@ -278,10 +413,22 @@ def main() -> None:
         if len({row["fingerprint"] for row in rows if row["model"] == model}) > 1:
             sys.exit(f"error: results/stage1 holds runs on different weights of {model}: delete the old ones")
     tables = {
-        "stage1-headline": headline, "stage1-adapters": adapters, "stage1-real-weights": real_weights,
-        "stage1-identity": identity, "kernels-operator": operator, "kernels-step": step, "kernels-codebook": codebook,
+        "stage0-collapse": collapse,
+        "stage0-causes": causes,
+        "stage0-sweep": sweep,
+        "stage2-encoder": encoder,
+        "stage2-ablations": ablations,
+        "stage2-harder": harder,
+        "stage2-real-weights": encoder_real_weights,
+        "stage1-headline": headline,
+        "stage1-adapters": adapters,
+        "stage1-real-weights": real_weights,
+        "stage1-identity": identity,
+        "kernels-operator": operator,
+        "kernels-step": step,
+        "kernels-codebook": codebook,
         "kernels-compiled": compiled,
-    }  # fmt: skip
+    }
     text = README.read_text(encoding="utf-8")
     for name, make in tables.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"

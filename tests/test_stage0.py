@@ -60,8 +60,8 @@ def test_padding_changes_no_latent():
     torch.manual_seed(0)
     encoder = stage0.Encoder().eval()
     short, long = "Pergalan sells olive oil.", "Pergalan sells olive oil to the whole town of Stelvidan, and wool."
-    alone = encoder(stage0.to_bytes([short], torch.device("cpu")))[0]
-    together = encoder(stage0.to_bytes([short, long], torch.device("cpu")))[0]
+    alone = encoder(common.to_bytes([short], torch.device("cpu")))[0]
+    together = encoder(common.to_bytes([short, long], torch.device("cpu")))[0]
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
 
 

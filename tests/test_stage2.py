@@ -112,10 +112,10 @@ def test_text_that_is_no_text_is_refused_in_one_line(wire):
 def test_padding_and_distant_text_change_nothing(wire):
     """A byte sees REACH neighbours: the middle of a text 10 times as long is encoded as it is alone."""
     text = "Pergalan sells olive oil to the town of Stelvidan. "
-    alone, features = wire.encoder(stage2.to_bytes([text], torch.device("cpu")))
-    together, padded = wire.encoder(stage2.to_bytes([text, text * 3], torch.device("cpu")))
+    alone, features = wire.encoder(common.to_bytes([text], torch.device("cpu")))
+    together, padded = wire.encoder(common.to_bytes([text, text * 3], torch.device("cpu")))
     torch.testing.assert_close(padded[0, : len(text)], features[0])
-    long, _ = wire.encoder(stage2.to_bytes([text * 10], torch.device("cpu")))
+    long, _ = wire.encoder(common.to_bytes([text * 10], torch.device("cpu")))
     reach = wire.encoder.REACH
     torch.testing.assert_close(long[0, reach : len(text)], together[1, reach : len(text)])
     middle = slice(4 * len(text), 5 * len(text))
