@@ -107,6 +107,7 @@ def gram_matrix(weight: Tensor, bias: Tensor) -> Tensor:
 HAVE_TRITON = (
     (torch.version.cuda is not None and torch.cuda.is_available()) or "TRITON_INTERPRET" in os.environ
 ) and importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 interpret_on_cpu = False  # a test sets it: CPU tensors go through the kernels, by the interpreter
 
 if HAVE_TRITON:
@@ -115,7 +116,6 @@ if HAVE_TRITON:
 
     jit = triton.jit
     INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-    DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 else:
 
     def jit(function):
@@ -123,7 +123,7 @@ else:
 
 
 def _on_triton(tensor: Tensor) -> bool:
-    if not HAVE_TRITON or tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if not HAVE_TRITON or tensor.dtype not in DTYPES:
         return False
     if tensor.is_cuda:
         return torch.cuda.get_device_capability(tensor.device) >= (8, 0)  # bfloat16, and 99 KB of shared memory
