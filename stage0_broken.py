@@ -43,7 +43,7 @@ LATENTS, LATENT_WIDTH = 32, 256
 
 def parse_arguments():
     parser = common.Parser(description=__doc__.split("\n")[0])
-    common.add_arguments(parser, STAGE, steps=1200, batch_size=16, lr=1e-3)
+    common.add_arguments(parser, STAGE, steps=1600, batch_size=16, lr=1e-3)
     return common.finish_arguments(parser)
 
 
@@ -57,7 +57,7 @@ DEFAULTS = {"model": "tiny", "data": "tiny"}
 class Encoder(nn.Module):
     """Bytes, shortened 4x by a convolution, two transformer layers, and 32 learned queries that attend to them."""
 
-    WIDTH, SHORTER = 256, 4
+    WIDTH, SHORTER = 128, 4
 
     def __init__(self):
         super().__init__()

@@ -46,7 +46,7 @@ def stage0(shared: str) -> dict[str, list[str]]:
     runs = {f"{model}-seed{seed}": ["--model", model, "--seed", str(seed)] for seed in (0, 1, 2) for model in WIDTHS}
     for lr in ("1e-4", "3e-4", "3e-3"):  # the default is 1e-3
         runs[f"tiny-lr{lr}"] = ["--model", "tiny", "--lr", lr]
-    runs["tiny-steps4800"] = ["--model", "tiny", "--steps", "4800"]
+    runs["tiny-steps6400"] = ["--model", "tiny", "--steps", "6400"]
     return runs
 
 
