@@ -48,7 +48,7 @@ ABLATIONS = ("code-target", "boundary-target", "stage1-adapter", "pca")
 
 def parse_arguments():
     parser = common.Parser(description=__doc__.split("\n")[0])
-    common.add_arguments(parser, STAGE, steps=1600, batch_size=16, lr=3e-3)
+    common.add_arguments(parser, STAGE, steps=1200, batch_size=16, lr=3e-3)
     parser.add_argument("--stage1", metavar="WIRE_DIR", help="the trained stage-1 wire to start from; default: shipped")
     parser.add_argument(
         "--llm-steps", type=int, help="of the steps, how many last ones go through the LLM; default 100"
@@ -194,6 +194,16 @@ def known_targets(reader: common.Reader, texts: list[str], data: Tensor) -> tupl
     return real, is_end, torch.tensor(all_ids, dtype=torch.long, device=data.device)
 
 
+def end_to_end(data: Tensor, *marks: Tensor) -> list[Tensor]:
+    """Padded texts [B,N], and marks [B,N] of their bytes, as [1,M]: one text after another, just out of reach.
+
+    The encoder says of every byte what it says of it in [B,N], with no work for the padding of short texts.
+    """
+    apart = Encoder.REACH
+    kept = torch.arange(data.shape[1] + apart, device=data.device) < (data < 256).sum(1, keepdim=True) + apart
+    return [F.pad(x, (0, apart), value=v)[kept][None] for x, v in ((data, 256), *((mark, 0) for mark in marks))]
+
+
 def code_losses(wire: Wire, codes: Tensor, target_codes: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(MSE / variance, cross-entropy of the token that the adapter will read) of predicted codes [n,k]."""
     mse = ((codes - target_codes) / wire.code_scale).square().mean()
@@ -219,8 +229,9 @@ def answer_loss(wire: Wire, rows: list[dict]) -> Tensor:
         is_end[torch.arange(len(data), device=data.device), lengths - 1] = True
     else:
         _, is_end, _ = known_targets(reader, texts, data)
-    _, features = wire.encoder(data)
     counts = is_end.sum(1).tolist()
+    data, is_end = end_to_end(data, is_end)
+    _, features = wire.encoder(data)
     codes = (wire.encoder.code(features[is_end]) * wire.code_scale).split(counts)  # [L,k] for each prompt
     batch = common.make_batch(reader, rows)
     received = wire.adapter(torch.cat([part for c in codes for part in (wire.prefix_codes, c)]), wire.constant_rms)
@@ -378,6 +389,7 @@ def main() -> None:
                 texts = [common.spelled_text(reader, text) for text in texts]
                 data_bytes = common.to_bytes(texts, device)  # [2B,N]
                 real, is_end, ids = known_targets(reader, texts, data_bytes)
+                data_bytes, real, is_end = end_to_end(data_bytes, real, is_end)
                 logits, features = encoder(data_bytes)
                 end = F.binary_cross_entropy_with_logits(logits[real], is_end[real].float())
                 total = total + 10 * end

@@ -1,6 +1,6 @@
 """Measure the stages: every run behind the README's tables, as JSON in results/<stage>/. Runs that are there are kept.
 
-    python results/run_stages.py stage2       # one stage; several at a time, one thread each
+    python results/run_stages.py stage2       # one stage; two at a time
     python results/make.py                    # README tables and figures from the JSON
 
 The real-weights rows need a directory with models/stories260k, data/text/tinystories_sample.txt and
@@ -111,19 +111,20 @@ def write_harder(folder: Path) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def measure(stage: str, name: str, flags: list[str]) -> bool:
+def measure(stage: str, name: str, flags: list[str], threads: int) -> bool:
     """Run a stage once and keep its config.json, metrics included; False if it failed."""
     target = HERE / stage / f"{name}.json"
     if target.exists():
         return True
     out = ROOT / "out" / "results" / name
     command = [sys.executable, SCRIPTS[stage], *flags, "--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
         print(f"{name}: FAILED\n{done.stderr}", flush=True)
         return False
     config = json.loads((out / "config.json").read_text())
-    row = {"command": " ".join([f"python {SCRIPTS[stage]}", *flags]), "threads": 1} | config
+    row = {"command": " ".join([f"python {SCRIPTS[stage]}", *flags]), "threads": threads} | config
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(row, indent=2) + "\n")
     print(name, done.stdout.strip().split("\n")[-1][:400], flush=True)
@@ -135,13 +136,14 @@ if __name__ == "__main__":
     parser.add_argument("stage", choices=SCRIPTS)
     parser.add_argument("--shared", default="../shared", help="directory with the real weights and data")
     parser.add_argument("--only", default="", help="run only names that contain this")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time; they share the cores")
     args = parser.parse_args()
     if not (ROOT / args.shared).is_dir():
         print(f"{args.shared} is not there: the rows on real weights are left out")
     if args.stage == "stage2":
         write_harder(ROOT / "out" / "results")
     runs = {"stage0": stage0, "stage1": stage1, "stage2": stage2}[args.stage](args.shared)
+    threads = max(1, os.cpu_count() // args.workers)
     with ThreadPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(measure, args.stage, n, flags) for n, flags in runs.items() if args.only in n]
+        jobs = [pool.submit(measure, args.stage, n, flags, threads) for n, flags in runs.items() if args.only in n]
         sys.exit(not all([job.result() for job in jobs]))

@@ -125,6 +125,18 @@ def test_padding_and_distant_text_change_nothing(wire):
 # --- splicing any number of positions in front of an answer
 
 
+def test_texts_end_to_end_are_encoded_as_one_by_one(wire):
+    data = common.to_bytes(["A short one", "A longer one, é, that goes on for a while", "x"], torch.device("cpu"))
+    real = data < 256
+    line, real_line = stage2.end_to_end(data, real)
+    assert line.shape == (1, real.sum() + 3 * stage2.Encoder.REACH)
+    with torch.no_grad():
+        logits, features = wire.encoder(data)
+        line_logits, line_features = wire.encoder(line)
+    torch.testing.assert_close(line_logits[real_line], logits[real])
+    torch.testing.assert_close(line_features[real_line], features[real])
+
+
 def test_splice_puts_the_answer_behind_whatever_was_received(wire):
     reader = wire.reader
     rows = common.load_data("tiny", reader, 3).test
