@@ -1207,9 +1207,9 @@ def draw_report(
         drawn = axis.barh(
             list(values), list(values.values()), color=["#c44e52" if "wire" in k else "#8c8c8c" for k in values]
         )
-        axis.bar_label(drawn, fmt="%.4g", padding=2)
+        axis.bar_label(drawn, [f"{v:,.0f}" if v >= 1000 else f"{v:.4g}" for v in values.values()], padding=2)
         axis.invert_yaxis()
-        axis.margins(x=0.15)
+        axis.margins(x=0.2)
         axis.set_xlabel(label)
     scores.set_title("answers")
     sizes.set_title("size of one prompt")
