@@ -29,6 +29,7 @@ SCRIPTS = {
 }
 WIDTHS = {"tiny": (24, 12), "tiny-qwen": (20, 10)}  # 8x and 16x fewer dimensions than 192 and 160
 ACCENTS = str.maketrans("aeioucnAEIOUCN", "áéíöüçñÁÉÍÖÜÇÑ")
+STORIES_WIRE = "out/results/stage1/stories260k-k8-codebook"  # not shipped: made when it is not there
 EMOJI = "😀🚀🌍🎉🐟🍞"
 # passages that no training passage looks like: name -> what becomes of a text
 HARDER = {
@@ -90,7 +91,7 @@ def stage2(shared: str) -> dict[str, list[str]]:
             runs[f"{model}-{name}"] = ["--eval-only", f"tiny/wires/{wire}", "--data", file, "--eval-examples", "300"]
     if (ROOT / shared).is_dir():
         stories = ["--model", f"{shared}/models/stories260k", "--data", f"{shared}/data/text/tinystories_sample.txt"]
-        runs["stories260k"] = [*stories, "--stage1", "out/results/stories260k-k8-codebook"]
+        runs["stories260k"] = [*stories, "--stage1", STORIES_WIRE]
     return runs
 
 
@@ -116,7 +117,7 @@ def measure(stage: str, name: str, flags: list[str], threads: int) -> bool:
     target = HERE / stage / f"{name}.json"
     if target.exists():
         return True
-    out = ROOT / "out" / "results" / name
+    out = ROOT / "out" / "results" / stage / name
     command = [sys.executable, SCRIPTS[stage], *flags, "--device", "cpu", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -143,7 +144,11 @@ if __name__ == "__main__":
     if args.stage == "stage2":
         write_harder(ROOT / "out" / "results")
     runs = {"stage0": stage0, "stage1": stage1, "stage2": stage2}[args.stage](args.shared)
+    runs = {name: flags for name, flags in runs.items() if args.only in name}
+    if args.stage == "stage2" and "stories260k" in runs and not (ROOT / STORIES_WIRE).exists():
+        flags = [*stage1(args.shared)["stories260k-k8-codebook"], "--device", "cpu", "--out", STORIES_WIRE]
+        subprocess.run([sys.executable, SCRIPTS["stage1"], *flags], cwd=ROOT, check=True)
     threads = max(1, os.cpu_count() // args.workers)
     with ThreadPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(measure, args.stage, n, flags, threads) for n, flags in runs.items() if args.only in n]
+        jobs = [pool.submit(measure, args.stage, n, flags, threads) for n, flags in runs.items()]
         sys.exit(not all([job.result() for job in jobs]))

@@ -4,9 +4,16 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import HERE
 
-ROWS = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "stage1").glob("*.json"))]
+
+def rows_of(stage):
+    return [json.loads(path.read_text()) for path in sorted((HERE / "results" / stage).glob("*.json"))]
+
+
+ROWS = rows_of("stage1")
+SCRIPTS = {"stage0": "stage0_broken.py", "stage1": "stage1_pca_adapter.py", "stage2": "stage2_encoder.py"}
 
 
 def test_readme_tables_are_made_from_the_json():
@@ -14,10 +21,12 @@ def test_readme_tables_are_made_from_the_json():
     assert done.returncode == 0, "run python results/make.py"
 
 
-def test_every_result_says_how_it_was_made():
-    assert ROWS
-    for row in ROWS:
-        assert row["command"].startswith("python stage1_pca_adapter.py ")
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_every_result_says_how_it_was_made(stage):
+    rows = rows_of(stage)
+    assert rows
+    for row in rows:
+        assert row["command"].startswith(f"python {SCRIPTS[stage]} ") and row["stage"] == stage
         assert row["metrics"]["commit"] and not row["metrics"]["commit"].endswith("-dirty")
         assert row["metrics"]["versions"]["torch"]
 
@@ -32,6 +41,22 @@ def test_the_headline_has_three_seeds_on_1000_passages():
         ]
         assert sorted(row["metrics"]["seed"] for row in group) == [0, 1, 2]
         assert all(row["metrics"]["examples"] == 1000 for row in group)
+
+
+@pytest.mark.parametrize("stage", ("stage0", "stage2"))
+@pytest.mark.parametrize("model", ("tiny", "tiny-qwen"))
+def test_stages_0_and_2_have_three_seeds_of_their_default_run_on_1000_passages(stage, model):
+    default = "python {} --model {} --seed {}"
+    rows = {row["command"]: row for row in rows_of(stage)}
+    for seed in (0, 1, 2):
+        assert rows[default.format(SCRIPTS[stage], model, seed)]["metrics"]["examples"] == 1000
+
+
+def test_shipped_stage2_wires_are_those_measured():
+    for model, wire in (("tiny", "stage2"), ("tiny-qwen", "stage2-qwen")):
+        shipped = json.loads((HERE / "tiny" / "wires" / wire / "config.json").read_text())
+        measured = json.loads((HERE / "results" / "stage2" / f"{model}-seed0.json").read_text())
+        assert shipped["metrics"] == measured["metrics"] and shipped["controls"] == measured["controls"]
 
 
 def test_benchmarks_say_how_they_were_made():

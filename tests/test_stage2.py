@@ -175,6 +175,15 @@ def test_smoke_run_and_evaluation_of_what_it_trained(tmp_path):
         assert again.result[key] == result[key]
 
 
+@pytest.mark.parametrize("wire_name", ("stage2", "stage2-qwen"))
+def test_shipped_wire_reads_raw_bytes_as_the_text_is_read(wire_name, tmp_path):
+    done = run_stage(stage2, "--eval-only", f"tiny/wires/{wire_name}", "--eval-examples", "100", "--out", tmp_path)
+    assert done.code == 0, done.stderr
+    assert done.result["retention"] >= 97 and done.result["shuffled_f1"] < 10
+    controls = json.loads((tmp_path / "config.json").read_text())["controls"]
+    assert controls["boundary_f1"] >= 99.5 and controls["exact_token"] >= 99
+
+
 def test_resumed_run_equals_an_unbroken_one_and_the_llm_stays(tmp_path, monkeypatch):
     readers, load = [], common.load_reader
     monkeypatch.setattr(common, "load_reader", lambda *args: readers.append(load(*args)) or readers[-1])
