@@ -418,7 +418,6 @@ def check_fingerprint(reader: Reader, saved_config: dict | None, wire: str | Non
 class Data:
     """Questions about passages (kind "qa") or windows of plain text (kind "text"); disjoint splits."""
 
-    name: str
     kind: str
     train: list[dict] | None  # None: unlimited, made on the fly by world.py
     validation: list[dict]
@@ -457,12 +456,10 @@ def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
     Raises UserError with file and line.
     """
     if name == "tiny":
-        return Data(
-            name, "qa", None, world.make_examples("validation", 100), world.make_examples("test", eval_examples)
-        )
+        return Data("qa", None, world.make_examples("validation", 100), world.make_examples("test", eval_examples))
     if name == "squad":
         train, test = (read_squad(path) for path in fetch_squad())
-        return _qa_data(name, train, test, eval_examples)
+        return _qa_data(train, test, eval_examples)
     path = Path(name)
     if not path.is_file():
         raise UserError(f"--data {name}: no such file; give tiny, squad, or a .json, .jsonl or .txt file")
@@ -480,16 +477,16 @@ def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
     train = [row for row, chosen in zip(rows, in_test, strict=True) if not chosen]
     if not train or not test:
         raise UserError(f"--data {name}: {len(rows)} rows are too few passages to split into training and test")
-    return _qa_data(name, train, test, eval_examples)
+    return _qa_data(train, test, eval_examples)
 
 
-def _qa_data(name: str, train: list[dict], test: list[dict], eval_examples: int) -> Data:
+def _qa_data(train: list[dict], test: list[dict], eval_examples: int) -> Data:
     order = np.random.default_rng(0).permutation(len(test))[:eval_examples]
     passages = sorted({row["context"] for row in train}, key=lambda text: hashlib.sha256(text.encode()).digest())
     held_out = set(passages[: max(1, len(passages) // 50)]) if len(passages) > 1 else set()
     validation = [row for row in train if row["context"] in held_out][:100]
     rest = [row for row in train if row["context"] not in held_out]
-    return Data(name, "qa", rest or train, validation or train[:100], [test[i] for i in order])
+    return Data("qa", rest or train, validation or train[:100], [test[i] for i in order])
 
 
 def _text_data(name: str, text: str, reader: Reader, eval_examples: int) -> Data:
@@ -504,13 +501,8 @@ def _text_data(name: str, text: str, reader: Reader, eval_examples: int) -> Data
         raise UserError(f"--data {name}: only {len(ids)} tokens; a text needs at least {5 * room} to train and test on")
     first_test = len(rows) - max(1, len(rows) // 5)
     first_validation = first_test - max(1, len(rows) // 20)
-    return Data(
-        name,
-        "text",
-        rows[:first_validation],
-        rows[first_validation:first_test][:100],
-        rows[first_test:][:eval_examples],
-    )
+    validation = rows[first_validation:first_test][:100]
+    return Data("text", rows[:first_validation], validation, rows[first_test:][:eval_examples])
 
 
 def encodes(row: dict) -> bool:
@@ -1128,14 +1120,25 @@ def save_wire(out: Path, tensors: dict[str, Tensor], config: dict) -> None:
 
 
 def load_wire(name: str, stage: str, config_keys: tuple[str, ...], tensor_keys: tuple[str, ...]) -> tuple[dict, dict]:
-    """(tensors, config) of a trained wire. Raises UserError if the directory holds none, or one of another stage."""
+    """(tensors, config) of a trained wire. Raises UserError if the directory holds none, or one of another stage.
+
+    config_keys may name what lies inside: "metrics.train_seconds".
+    """
     path = Path(name)
+
+    def lacks(config, key: str) -> bool:
+        for part in key.split("."):
+            if not isinstance(config, dict) or part not in config:
+                return True
+            config = config[part]
+        return False
+
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(path / "wire.safetensors")
-        missing = [key for key in ("model", "fingerprint", *config_keys) if key not in config]
+        required = ("model", "fingerprint", "arguments.seed", "arguments.steps", *config_keys)
+        missing = [key for key in required if lacks(config, key)]
         missing += [key for key in tensor_keys if key not in tensors]
-        missing += [f"arguments.{key}" for key in ("seed", "steps") if key not in config.get("arguments", {})]
     except FileNotFoundError as error:
         raise UserError(f"{name} is not a trained wire: no {Path(error.filename or 'wire.safetensors').name}") from None
     except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as error:

@@ -225,7 +225,7 @@ def main() -> None:
     args = parse_arguments()
     saved_tensors, saved_config = {}, None
     if args.eval_only:
-        config_keys = ("embedding_width", *DEFAULTS, "controls", "metrics")
+        config_keys = ("embedding_width", *DEFAULTS, "metrics.train_seconds")
         saved_tensors, saved_config = common.load_wire(args.eval_only, STAGE, config_keys, ())
     common.settle_arguments(args, DEFAULTS, saved_config)
     if saved_config:

@@ -269,7 +269,7 @@ def main() -> None:
     args = parse_arguments()
     saved_tensors, saved_config = {}, None
     if args.eval_only:
-        config_keys = ("embedding_width", "code_dim", "adapter", *DEFAULTS, "controls", "metrics")
+        config_keys = ("embedding_width", "code_dim", "adapter", *DEFAULTS, "metrics.train_seconds")
         tensor_keys = ("mean", "components", "target_rms", "prefix_codes")
         saved_tensors, saved_config = common.load_wire(args.eval_only, STAGE, config_keys, tensor_keys)
     common.settle_arguments(args, DEFAULTS, saved_config)

@@ -129,6 +129,19 @@ def by_seed(stage: str) -> dict[str, list[dict]]:
     return {model: groups[model] for model in ORDER if model in groups}
 
 
+def duration(groups: dict[str, list[dict]]) -> list[str]:
+    """How long the default run took where it had two threads to itself."""
+    for row in (row for group in groups.values() for row in group if row["threads"] == 2):
+        m = row["metrics"]
+        seconds = m["train_seconds"] + m["eval_seconds"]
+        return [
+            "",
+            f"`{row['command']}` with two threads to itself: {seconds / 60:.1f} minutes, of which "
+            f"{m['eval_seconds'] / 60:.1f} evaluation.",
+        ]
+    return []
+
+
 def collapse(rows: list[dict]) -> list[str]:
     lines = [
         "| reader | F1 from text | F1 through the wire | no context | commonest answer, % | different "
@@ -143,7 +156,7 @@ def collapse(rows: list[dict]) -> list[str]:
             f"{statistics.mean(row['controls']['latent_cosine'] for row in group):.3f} | "
             f"{spread(group, 'first_token_accuracy')} | {len(group)} | `{without_seed(group[0]['command'])}` |"
         )
-    return lines
+    return lines + duration(by_seed("stage0"))
 
 
 def causes(rows: list[dict]) -> list[str]:
@@ -201,13 +214,13 @@ def encoder(rows: list[dict]) -> list[str]:
             f"{spread(group, 'shuffled_f1')} | {m['wire_bytes']:.0f} / {m['text_bytes']:.0f} | {len(group)} | "
             f"`{without_seed(group[0]['command'])}` |"
         )
-    return lines
+    return lines + duration(by_seed("stage2"))
 
 
 def ablations(rows: list[dict]) -> list[str]:
     lines = [
-        "| left out | F1 | retention, % | token ends, F1 | exact tokens, % | command |",
-        "|---" * 6 + "|",
+        "| left out | F1 | retention, % | NLL (text) | token ends, F1 | exact tokens, % | command |",
+        "|---" * 7 + "|",
     ]
     names = [path for path in sorted((HERE / "stage2").glob("tiny-without-*.json"))]
     for path in [HERE / "stage2" / "tiny-seed0.json", *names]:
@@ -215,8 +228,8 @@ def ablations(rows: list[dict]) -> list[str]:
         m, c = row["metrics"], row["controls"]
         left = path.stem.removeprefix("tiny-without-").replace("-", " ") if path in names else "nothing"
         lines.append(
-            f"| {left} | {m['f1']:.1f} | {m['retention']:.1f} | {c['boundary_f1']:.2f} | {c['exact_token']:.2f} | "
-            f"`{row['command']}` |"
+            f"| {left} | {m['f1']:.1f} | {m['retention']:.1f} | {m['nll_wire']:.3f} ({m['nll_text']:.3f}) | "
+            f"{c['boundary_f1']:.2f} | {c['exact_token']:.2f} | `{row['command']}` |"
         )
     if not names:
         lines.append("\nThe ablations are not measured yet: `python results/run_stages.py stage2 --only without`.")

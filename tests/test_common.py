@@ -98,7 +98,7 @@ def test_pca_from_counts_is_the_pca_of_the_corpus():
 
 
 def test_token_counts_are_those_of_the_prompts(reader):
-    data = common.Data("x", "qa", ROWS, [], [])
+    data = common.Data("qa", ROWS, [], [])
     counts = common.token_counts(reader, data, seed=0)
     ids = [token for row in ROWS for token in common.make_prompt(reader, row["context"], row["question"]).ids]
     assert counts.sum() == len(ids) and counts[ids[3]] == ids.count(ids[3])
@@ -120,8 +120,8 @@ def test_a_long_context_is_cut_and_the_question_kept(reader):
     with pytest.raises(common.UserError, match="does not fit"):
         common.make_prompt(reader, "x", row["question"] * 200)
     with pytest.raises(common.UserError, match="does not fit"):
-        common.check_questions(reader, common.Data("x", "qa", None, [], [{**row, "question": row["question"] * 200}]))
-    common.check_questions(reader, common.Data("x", "qa", ROWS, ROWS, ROWS))
+        common.check_questions(reader, common.Data("qa", None, [], [{**row, "question": row["question"] * 200}]))
+    common.check_questions(reader, common.Data("qa", ROWS, ROWS, ROWS))
     alone = common.make_prompt(reader, "", row["question"])
     assert common.truncated_prompt(reader, row, 5).ids == alone.ids  # the question is kept even where it does not fit
     assert len(common.truncated_prompt(reader, row, len(alone.ids) + 9).ids) <= len(alone.ids) + 9
@@ -233,7 +233,7 @@ def test_squad_and_jsonl_files_give_disjoint_passages(reader, tmp_path):
 
 
 def test_the_training_stream_visits_every_row_once_an_epoch(reader):
-    data = common.Data("x", "qa", ROWS, [], [])
+    data = common.Data("qa", ROWS, [], [])
     stream = data.train_rows(0, 0, 36)
     assert all(
         sorted(r["question"] for r in stream[e : e + 12]) == sorted(r["question"] for r in ROWS) for e in (0, 12, 24)
@@ -241,7 +241,7 @@ def test_the_training_stream_visits_every_row_once_an_epoch(reader):
     assert stream[:12] != stream[12:24] != stream[24:]
     assert data.train_rows(0, 17, 9) == stream[17:26]  # a function of the position: resuming replays nothing
     assert data.train_rows(1, 0, 12) != stream[:12]
-    unlimited = common.Data("tiny", "qa", None, [], [])
+    unlimited = common.Data("qa", None, [], [])
     assert unlimited.train_rows(3, 5, 2) == [world.make_example("train", 3, 5), world.make_example("train", 3, 6)]
 
 
@@ -345,3 +345,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         common.save_checkpoint(path, {"a": 1})
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "key", ("fingerprint", "arguments.seed", "controls.explained_variance", "metrics.train_seconds")
+)
+def test_a_wire_whose_config_lacks_something_is_refused(key, tmp_path):
+    shipped = HERE / "tiny" / "wires" / "stage1"
+    config = json.loads((shipped / "config.json").read_text())
+    required = ("controls.explained_variance", "metrics.train_seconds")
+    (tmp_path / "wire.safetensors").write_bytes((shipped / "wire.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert common.load_wire(str(tmp_path), "stage1", required, ("mean",))[1] == config
+    inside = config
+    *path, last = key.split(".")
+    for part in path:
+        inside = inside[part]
+    del inside[last]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(common.UserError, match=f"lacks {key}"):
+        common.load_wire(str(tmp_path), "stage1", required, ("mean",))
