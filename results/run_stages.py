@@ -10,9 +10,10 @@ data/squad/dev-v1.1.json beside the checkout (--shared); without it they are lef
 import argparse
 import json
 import os
-import random
+import re
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,18 +34,18 @@ STORIES_WIRE = "out/results/stage1/stories260k-k8-codebook"  # not shipped: made
 EMOJI = "😀🚀🌍🎉🐟🍞"
 # passages that no training passage looks like: name -> what becomes of a text
 HARDER = {
-    "upper": lambda text, rng: text.upper(),
-    "lower": lambda text, rng: text.lower(),
-    "digits": lambda text, rng: " ".join(
-        w + str(rng.randrange(1000)) if w[0].isupper() and w.isalpha() else w for w in text.split(" ")
-    ),
-    "accents": lambda text, rng: text.translate(ACCENTS),
-    "emoji": lambda text, rng: text.replace(". ", f". {rng.choice(EMOJI)} ") + rng.choice(EMOJI),
+    "upper": str.upper,
+    "lower": str.lower,
+    # the same name has the same number everywhere: the question must still name what the passage names
+    "digits": lambda text: re.sub(r"\b[A-Z][a-z]+\b", lambda m: f"{m[0]}{zlib.crc32(m[0].encode()) % 1000}", text),
+    "accents": lambda text: text.translate(ACCENTS),
+    "emoji": lambda text: re.sub(r"[.?] ?", lambda m: f"{m[0].strip()} {EMOJI[m.start() % len(EMOJI)]} ", text).strip(),
 }
 
 
 def stage0(shared: str) -> dict[str, list[str]]:
-    runs = {f"{model}-seed{seed}": ["--model", model, "--seed", str(seed)] for seed in (0, 1, 2) for model in WIDTHS}
+    runs = {f"tiny-seed{seed}": ["--model", "tiny", "--seed", str(seed)] for seed in (0, 1, 2)}
+    runs["tiny-qwen-seed0"] = ["--model", "tiny-qwen", "--seed", "0"]
     for lr in ("1e-4", "3e-4", "3e-3"):  # the default is 1e-3
         runs[f"tiny-lr{lr}"] = ["--model", "tiny", "--lr", lr]
     runs["tiny-steps6400"] = ["--model", "tiny", "--steps", "6400"]
@@ -102,15 +103,11 @@ def write_harder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     examples = world.make_examples("test", 3400)
     for name, change in HARDER.items():
-        rng = random.Random(name)
         with (folder / f"harder-{name}.jsonl").open("w", encoding="utf-8") as file:
             for example in examples:
-                state = rng.getstate()
-                row = {}
-                for key in ("context", "question"):
-                    rng.setstate(state)
-                    row[key] = change(example[key], rng)
-                row["answers"] = [change(answer, rng) for answer in example["answers"]]
+                row = {key: change(example[key]) for key in ("context", "question")}
+                row["answers"] = [change(answer) for answer in example["answers"]]
+                assert any(answer in row["context"] for answer in row["answers"]), (name, row)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
