@@ -356,7 +356,7 @@ def main() -> None:
     steps = 0 if args.eval_only else args.steps
     step, train_seconds = 0, 0.0
     learn_adapter = args.without in ("stage1-adapter", "code-target", "boundary-target")
-    groups = [{"params": encoder.parameters(), "scale": 1.0}, {"params": adapter.parameters(), "scale": 0.0}]
+    groups = [{"params": encoder.parameters()}, {"params": adapter.parameters()}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     if resumed:
         adapter.load_state_dict(resumed["adapter"])
@@ -462,7 +462,7 @@ def main() -> None:
         ("token ends: F1", f"{controls['boundary_f1']:.2f}", f"all right in {controls['whole_prompts']:.1f}% of texts"),
         ("exact tokens, %", f"{controls['exact_token']:.2f}", "nearest embedding after the adapter, at the right end"),
         ("cosine of codes", f"{controls['code_cosine']:.3f}", "with the PCA codes, at the right ends"),
-        (f"true codes, same adapter: {what}", f"{true_codes:.3f}", "stage 1: what the encoder is measured against"),
+        (f"true codes, same adapter: {what}", f"{true_codes:.3f}", "what the encoder is measured against"),
     ]  # fmt: skip
     config = {
         "stage": STAGE, "model": args.model, "fingerprint": reader.fingerprint, "embedding_width": d, "code_dim": k,

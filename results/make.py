@@ -227,6 +227,7 @@ def ablations(rows: list[dict]) -> list[str]:
         row = json.loads(path.read_text())
         m, c = row["metrics"], row["controls"]
         left = path.stem.removeprefix("tiny-without-").replace("-", " ") if path in names else "nothing"
+        left = {"boundary target": "boundary and code targets"}.get(left, left)
         lines.append(
             f"| {left} | {m['f1']:.1f} | {m['retention']:.1f} | {m['nll_wire']:.3f} ({m['nll_text']:.3f}) | "
             f"{c['boundary_f1']:.2f} | {c['exact_token']:.2f} | `{row['command']}` |"
