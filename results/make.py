@@ -248,8 +248,9 @@ def harder(rows: list[dict]) -> list[str]:
     for row in sorted(found, key=lambda row: (ORDER.index(row["model"]), row["data"])):
         m, c = row["metrics"], row["controls"]
         kind = Path(row["data"]).stem.removeprefix("harder-")
+        retention = "n/a" if m["retention"] is None else f"{m['retention']:.1f}"  # nothing to retain
         lines.append(
-            f"| {row['model']} | {kind} | {m['text_f1']:.1f} | {m['f1']:.1f} | {m['retention']:.1f} | "
+            f"| {row['model']} | {kind} | {m['text_f1']:.1f} | {m['f1']:.1f} | {retention} | "
             f"{c['boundary_f1']:.2f} | {c['exact_token']:.2f} |"
         )
     return lines
