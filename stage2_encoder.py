@@ -242,11 +242,18 @@ def answer_loss(wire: Wire, rows: list[dict]) -> Tensor:
 
 @torch.no_grad()
 def measure_encoder(wire: Wire, table_codes: Tensor, rows: list[dict]) -> dict[str, float]:
-    """How close the encoder comes to its targets on test prompts, in percent; cosine of codes less their mean."""
-    reader, hits, found, real, exact, cosine, whole = wire.reader, 0, 0, 0, 0, 0.0, 0
+    """How close the encoder comes to its targets on test prompts, in percent; cosine of codes less their mean.
+
+    A text that the tokens do not spell has no targets: it is left out, and `no_targets` counts it.
+    """
+    reader, hits, found, real, exact, cosine, whole, left_out = wire.reader, 0, 0, 0, 0, 0.0, 0, 0
     for row in rows:
         text = common.spelled_text(reader, common.sent_prompt(reader, row).text)
-        ids, ends = common.token_ends(reader, text)
+        try:
+            ids, ends = common.token_ends(reader, text)
+        except common.UserError:
+            left_out += 1
+            continue
         found_ends, codes = wire.segment(text)
         shared = set(ends) & set(found_ends.tolist())
         hits, found, real = hits + len(shared), found + len(found_ends), real + len(ends)
@@ -257,9 +264,10 @@ def measure_encoder(wire: Wire, table_codes: Tensor, rows: list[dict]) -> dict[s
         decoded = wire.adapter(mine.to(torch.float16).float(), wire.constant_rms)
         nearest = (F.normalize(decoded, dim=-1) @ F.normalize(reader.table, dim=-1).T).argmax(-1)
         exact += (nearest == true_ids).sum().item()
+    measured = max(1, len(rows) - left_out)
     return {
-        "boundary_f1": 200 * hits / (found + real), "exact_token": 100 * exact / real,
-        "code_cosine": cosine / max(1, hits), "whole_prompts": 100 * whole / len(rows),
+        "boundary_f1": 200 * hits / max(1, found + real), "exact_token": 100 * exact / max(1, real),
+        "code_cosine": cosine / max(1, hits), "whole_prompts": 100 * whole / measured, "no_targets": left_out,
     }  # fmt: skip
 
 

@@ -184,6 +184,16 @@ def test_shipped_wire_reads_raw_bytes_as_the_text_is_read(wire_name, tmp_path):
     assert controls["boundary_f1"] >= 99.5 and controls["exact_token"] >= 99
 
 
+def test_a_text_that_the_tokens_do_not_spell_is_left_out_of_the_measurement(wire):
+    good = {"context": "Sorlo owns a sledge.", "question": "How does Sorlo travel?"}
+    odd = good | {"context": "Sorlo owns a \u2581."}  # the letter that this tokenizer writes for a space
+    codes = torch.randn(1024, 24)
+    one = stage2.measure_encoder(wire, codes, [good])
+    assert one["no_targets"] == 0
+    assert stage2.measure_encoder(wire, codes, [odd, good]) == one | {"no_targets": 1}
+    assert stage2.measure_encoder(wire, codes, [odd])["no_targets"] == 1
+
+
 def test_resumed_run_equals_an_unbroken_one_and_the_llm_stays(tmp_path, monkeypatch):
     readers, load = [], common.load_reader
     monkeypatch.setattr(common, "load_reader", lambda *args: readers.append(load(*args)) or readers[-1])
