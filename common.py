@@ -7,6 +7,7 @@ Letters: N tokens, B batch, T padded length, L tokens of a prompt, V vocabulary,
 
 import argparse
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -188,6 +189,7 @@ def run(main: Callable[[], None]) -> None:
     """Call a stage's main(); a UserError, a full disk or lack of memory ends in one line and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what a Windows pipe cannot
+    commit()  # of the code that runs, not of what the checkout has become when it ends
     try:
         main()
     except UserError as error:
@@ -248,8 +250,9 @@ def versions() -> dict[str, str]:
     return found | {"numpy": np.__version__, "safetensors": safetensors.__version__}
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of this checkout, with "-dirty" if tracked files were changed; None outside git."""
+    """The commit of this checkout when the run began, with "-dirty" if tracked files were changed; None outside git."""
     try:
         git = ["git", "-C", str(HERE)]
         top = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=10)
@@ -282,6 +285,10 @@ class Reader:
     def prompt_tokens(self) -> int:
         """The longest prompt, with room for the answer."""
         return self.context_tokens - MAX_NEW_TOKENS
+
+    @functools.cached_property
+    def spelling(self) -> "Spelling":
+        return Spelling.of(self.tokenizer)
 
     @property
     def eos_ids(self) -> list[int]:
@@ -668,28 +675,52 @@ def check_questions(reader: Reader, data: Data) -> None:
             make_prompt(reader, "", row["question"])
 
 
-def spelled_text(reader: Reader, text: str) -> str:
-    """The text that the tokenizer's tokens spell: with a space in front, or in Unicode's composed form (NFC), where the
-    tokenizer makes that of it. Takes two facts from the tokenizer's description and does not call it.
-    """
-    description = reader.tokenizer.backend_tokenizer.to_str()
-    normalizer, _, rest = description.partition('"pre_tokenizer"')
-    if '"NFC"' in normalizer:
-        text = unicodedata.normalize("NFC", text)
-    prepends = '"Prepend"' in normalizer or re.search(
-        r'"prepend_scheme":\s*"(first|always)"', rest.partition('"model"')[0]
-    )
-    return " " + text if prepends else text
+@dataclass
+class Spelling:
+    """What a tokenizer does to a text before it looks for tokens: all that a sender without it must know."""
+
+    nfc: bool  # Unicode's composed form
+    prepend: str  # a space in front: "", "first" (of the text) or "always" (also behind each added token)
+    twice: bool  # ... even where there is a space already
+    added: list[str]  # tokens that stand for themselves, such as <s>
+
+    @classmethod
+    def of(cls, tokenizer: transformers.PreTrainedTokenizerBase) -> "Spelling":
+        description = json.loads(tokenizer.backend_tokenizer.to_str())
+
+        def parts(node) -> list[dict]:
+            inner = (node or {}).get("normalizers", (node or {}).get("pretokenizers"))
+            return [node] if node and inner is None else [p for n in inner or [] for p in parts(n)]
+
+        normalizers, splitters = parts(description["normalizer"]), parts(description["pre_tokenizer"])
+        prepend = next((p["prepend_scheme"] for p in splitters if p["type"] == "Metaspace"), "never")
+        if any(p["type"] == "ByteLevel" and p["add_prefix_space"] for p in splitters):
+            prepend = "always"
+        twice = any(p["type"] == "Prepend" for p in normalizers)
+        added = sorted((token["content"] for token in description["added_tokens"]), key=len, reverse=True)
+        nfc = any(p["type"] == "NFC" for p in normalizers)
+        return cls(nfc, "always" if twice else prepend.replace("never", ""), twice, added)
+
+    def spell(self, text: str) -> str:
+        """The text that the tokens spell."""
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        if not self.prepend:
+            return text
+        pieces = re.split("(" + "|".join(map(re.escape, self.added)) + ")", text) if self.added else [text]
+        for i in range(0, len(pieces) if self.prepend == "always" else 1, 2):  # the odd ones are added tokens
+            if pieces[i] and (self.twice or not pieces[i].startswith(" ")):
+                pieces[i] = " " + pieces[i]
+        return "".join(pieces)
 
 
-def token_ends(reader: Reader, spelled: str) -> tuple[list[int], list[int]]:
-    """(ids, ends): the tokens of a `spelled_text` and where each ends, in bytes of its UTF-8, without `prefix_ids`.
+def token_ends(reader: Reader, text: str) -> tuple[list[int], list[int]]:
+    """(ids, ends): the tokens of a text, without `prefix_ids`, and where each ends, in bytes of the text's spelling.
 
     From the tokens' names: byte-level BPE has one letter for a byte, sentencepiece writes "▁" for a space and
     <0xE2> for a byte without a token. Raises UserError if the names do not spell the text.
     """
     tokenizer = reader.tokenizer
-    text = spelled[1:] if spelled_text(reader, "") else spelled
     ids = tokenize(reader, text)[len(prefix_ids(reader)) :]
     byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
     added = set(tokenizer.get_added_vocab())
@@ -702,7 +733,7 @@ def token_ends(reader: Reader, spelled: str) -> tuple[list[int], list[int]]:
         else:
             end += 1 if re.fullmatch("<0x[0-9A-F]{2}>", name) else len(name.replace("▁", " ").encode())
         ends.append(end)
-    if end != len(spelled.encode()):
+    if end != len(reader.spelling.spell(text).encode()):
         raise UserError(f"the tokens of {reader.name} do not spell the bytes of {text[:60]!r}")
     return ids, ends
 

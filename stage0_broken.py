@@ -108,6 +108,7 @@ class Adapter(nn.Module):
         self.log_gain = nn.Parameter(torch.tensor(math.log(table_rms)))
 
     def forward(self, latents: Tensor) -> Tensor:
+        """latents: [...,M,256]. Returns [...,M,d]."""
         return self.out(self.norm(latents)) * self.log_gain.exp()
 
 
@@ -116,10 +117,11 @@ class Adapter(nn.Module):
 
 
 class Wire:
-    """Message: 32 x 256 latents in float16."""
+    """Message: 32 x 256 latents in float16. The receiver puts the LLM's start token in front, as it would with text."""
 
     def __init__(self, reader: common.Reader, encoder: Encoder, adapter: Adapter):
         self.reader, self.encoder, self.adapter = reader, encoder, adapter
+        self.prefix = reader.table[common.prefix_ids(reader)]  # [P,d], P 0 or 1
 
     @torch.no_grad()
     def send(self, prompt: common.Prompt) -> bytes:
@@ -128,18 +130,22 @@ class Wire:
 
     @torch.no_grad()
     def receive(self, message: bytes) -> Tensor:
-        """Message -> embeddings [M,d]."""
+        """Message -> embeddings [P+M,d]."""
         latents = torch.from_numpy(np.frombuffer(message, "<f2").astype(np.float32)).to(self.reader.device)
-        return self.adapter(latents.view(LATENTS, LATENT_WIDTH))
+        return torch.cat([self.prefix, self.adapter(latents.view(LATENTS, LATENT_WIDTH))])
 
 
-def answer_loss(wire: Wire, rows: list[dict]) -> Tensor:
-    """Cross-entropy of every answer token, EOS included. There is no other loss."""
+def answer_loss(wire: Wire, rows: list[dict], batch: common.Batch, targets: int) -> Tensor:
+    """Cross-entropy (scalar) of every answer token, EOS included. There is no other loss.
+
+    Summed over `batch` of these rows and divided by the `targets` answer tokens of the whole step.
+    """
     texts = [common.sent_prompt(wire.reader, row).text for row in rows]
     embeddings = wire.adapter(wire.encoder(common.to_bytes(texts, wire.reader.device)))  # [B,M,d]
-    batch, spliced = common.splice(wire.reader, common.make_batch(wire.reader, rows), list(embeddings))
+    received = [torch.cat([wire.prefix, part]) for part in embeddings]
+    batch, spliced = common.splice(wire.reader, batch, received)
     logits = common.answer_logits(wire.reader, batch, spliced)
-    return F.cross_entropy(logits, batch.labels[batch.labels != common.IGNORE])
+    return F.cross_entropy(logits, batch.labels[batch.labels != common.IGNORE], reduction="sum") / targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,11 +300,14 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * scale
         rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
+        parts = [rows[i * args.micro_batch_size : (i + 1) * args.micro_batch_size] for i in range(accumulation)]
+        batches = [common.make_batch(reader, part) for part in parts]
+        targets = sum(int((batch.labels != common.IGNORE).sum()) for batch in batches)
         loss = 0.0
-        for i in range(accumulation):
-            part = answer_loss(wire, rows[i * args.micro_batch_size : (i + 1) * args.micro_batch_size]) / accumulation
-            part.backward()
-            loss += part.item()
+        for part, batch in zip(parts, batches, strict=True):
+            share = answer_loss(wire, part, batch, targets)
+            share.backward()
+            loss += share.item()
         gradients = {"gradient_encoder": gradient_rms(encoder), "gradient_adapter": gradient_rms(adapter)}
         norm = torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *adapter.parameters()], 1.0)
         if not math.isfinite(loss + norm.item()):
@@ -349,20 +358,30 @@ def main() -> None:
     pairs = len(unit) * (len(unit) - 1)
     alike = ((unit @ unit.T).sum() - len(unit)).item() / pairs if pairs else 1.0
     spectrum = torch.linalg.svdvals((latents - latents.mean(0)).cpu().double()).square()
-    fakes = torch.cat([wire.receive(wire.send(prompt)) for prompt in prompts[:200]])  # [200*M, d]
-    nearest = (F.normalize(fakes, dim=1) @ F.normalize(reader.table, dim=1).T).amax(1).mean().item()
+    fakes = torch.cat([wire.receive(wire.send(p))[len(wire.prefix) :] for p in prompts[:200]])  # [200*M, d]
+
+    def nearest_cosine(vectors: Tensor) -> float:
+        return (F.normalize(vectors, dim=1) @ F.normalize(reader.table, dim=1).T).amax(1).mean().item()
+
+    nearest, random_nearest = nearest_cosine(fakes), nearest_cosine(torch.randn_like(fakes))
     answers = Counter(record["wire"] for record in records)
-    recent = [row for row in history if "gradient_encoder" in row][-10:]
+    first, recent = history[:2], history[-10:]
+
+    def mean_of(key: str, rows: list[dict]) -> float | None:
+        return sum(row[key] for row in rows) / len(rows) if rows else None
+
     controls = {
-        "gradient_encoder": sum(row["gradient_encoder"] for row in recent) / len(recent) if recent else None,
-        "gradient_adapter": sum(row["gradient_adapter"] for row in recent) / len(recent) if recent else None,
+        "gradient_encoder": mean_of("gradient_encoder", recent),
+        "gradient_adapter": mean_of("gradient_adapter", recent),
+        "first_gradient_encoder": mean_of("gradient_encoder", first),
+        "first_gradient_adapter": mean_of("gradient_adapter", first),
         "random_encoder_f1": score_of(random_encoder), "random_adapter_f1": score_of(random_adapter),
         "probe_accuracy": probe, "probe_guess": guess,
         "bits_offered": 16.0 * LATENTS * LATENT_WIDTH, "bits_needed": 8 * metrics["packed_token_bytes"],
         "effective_dimensions": (spectrum.sum().square() / spectrum.square().sum()).item() if pairs else 0.0,
         "rms": fakes.square().mean().sqrt().item(), "real_rms": table_rms,
         "mean_norm": fakes.mean(0).norm().item(), "real_mean_norm": reader.table.mean(0).norm().item(),
-        "nearest_cosine": nearest, "latent_cosine": alike,
+        "nearest_cosine": nearest, "random_nearest_cosine": random_nearest, "latent_cosine": alike,
         "commonest_answer": answers.most_common(1)[0][0],
         "commonest_share": 100 * answers.most_common(1)[0][1] / len(records),
         "first_token_accuracy": first_token_accuracy(wire, data.test, batch_size),
@@ -378,7 +397,8 @@ def main() -> None:
     gradients = "no training in this run"
     if recent:
         gradients = (
-            f"{c['gradient_encoder']:.2g} a parameter of the encoder, {c['gradient_adapter']:.2g} of the adapter"
+            f"{c['gradient_encoder']:.2g} a parameter of the encoder, {c['gradient_adapter']:.2g} of the adapter; "
+            f"in the first steps {c['first_gradient_encoder']:.2g} and {c['first_gradient_adapter']:.2g}"
         )
     offered = f"{c['bits_offered']:.0f} bits offered, {c['bits_needed']:.0f} needed"
     used = f"{c['effective_dimensions']:.1f} of {LATENTS * LATENT_WIDTH} dimensions used"
@@ -397,7 +417,11 @@ def main() -> None:
             f"{LATENTS}",
             f"positions for {metrics['text_positions']:.0f} tokens; {offered}, {used}",
         ),
-        ("4 distribution mismatch", f"{nearest:.3f}", f"cosine to the nearest token; {statistics}"),
+        (
+            "4 distribution mismatch",
+            f"{nearest:.3f}",
+            f"cosine to the nearest token, of random vectors {random_nearest:.3f}; {statistics}",
+        ),
         ("collapse: latents alike", f"{alike:.3f}", "mean cosine of different prompts' latents"),
         ("  commonest answer, %", f"{c['commonest_share']:.1f}", f"{c['commonest_answer']!r}; {different}"),
         ("  first answer token, %", f"{c['first_token_accuracy']:.1f}", "right"),

@@ -23,6 +23,7 @@ Letters: B batch, N padded length in bytes, C encoder width, L tokens of a promp
 k code width.
 """
 
+import hashlib
 import math
 import random
 import struct
@@ -123,9 +124,13 @@ class Wire:
         return is_end.nonzero()[:, 0] + 1, self.encoder.code(features[0, is_end]) * self.code_scale
 
     def send(self, prompt: common.Prompt) -> bytes:
-        """Text of a prompt -> message. Its token ids are not looked at. Raises UserError for text that is no text."""
-        _, codes = self.segment(common.spelled_text(self.reader, prompt.text))
-        codes = torch.cat([self.prefix_codes, codes])
+        """Text of a prompt -> message. Its token ids are not looked at. Raises UserError for text that is no text.
+
+        Of a text in which the encoder finds more tokens than the LLM takes, the last are sent.
+        """
+        _, codes = self.segment(self.reader.spelling.spell(prompt.text))
+        room = self.reader.prompt_tokens - len(self.prefix_codes)
+        codes = torch.cat([self.prefix_codes, codes[-room:]])
         return struct.pack("<I", len(codes)) + codes.cpu().numpy().astype("<f2").tobytes()
 
     @torch.no_grad()
@@ -183,7 +188,7 @@ def known_targets(reader: common.Reader, texts: list[str], data: Tensor) -> tupl
     A text that the tokens do not spell (a character that the tokenizer does not know) teaches nothing: it is not real.
     """
     real, is_end, all_ids = data < 256, torch.zeros_like(data, dtype=torch.bool), []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts):  # data: of their spelling
         try:
             ids, ends = common.token_ends(reader, text)
         except common.UserError:
@@ -204,40 +209,70 @@ def end_to_end(data: Tensor, *marks: Tensor) -> list[Tensor]:
     return [F.pad(x, (0, apart), value=v)[kept][None] for x, v in ((data, 256), *((mark, 0) for mark in marks))]
 
 
-def code_losses(wire: Wire, codes: Tensor, target_codes: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(MSE / variance, cross-entropy of the token that the adapter will read) of predicted codes [n,k]."""
-    mse = ((codes - target_codes) / wire.code_scale).square().mean()
+def spells(reader: common.Reader, text: str) -> bool:
+    try:
+        common.token_ends(reader, text)
+    except common.UserError:
+        return False
+    return True
+
+
+def code_losses(wire: Wire, codes: Tensor, target_codes: Tensor, ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """(MSE / variance, cross-entropy of the token that the adapter will read) of predicted codes [n,k].
+
+    Scalars: summed over the n tokens ids [n] and divided by the `tokens` of the whole step.
+    """
+    mse = ((codes - target_codes) / wire.code_scale).square().sum() / (tokens * codes.shape[1])
     if wire.adapter.kind != "codebook":
         return mse, torch.zeros_like(mse)
     z, keys = codes / wire.code_scale, wire.adapter.keys.detach()
     # the codebook's own softmax is close to one-hot: a softer one has a gradient from the first step on
     logits = -2.0 * (keys.square().sum(1) - 2 * z @ keys.T)  # [n,V]
-    return mse, F.cross_entropy(logits, ids)
+    return mse, F.cross_entropy(logits, ids, reduction="sum") / tokens
 
 
-def answer_loss(wire: Wire, rows: list[dict]) -> Tensor:
-    """Cross-entropy of the answers when the LLM reads what encoder and adapter make of the prompts; true token ends."""
+def answer_loss(wire: Wire, rows: list[dict], batch: common.Batch, targets: int) -> Tensor:
+    """Cross-entropy (scalar) of the answers when the LLM reads what encoder and adapter make of the prompts.
+
+    Tokens end where they truly do, or where the encoder says so in a text that the tokens do not spell. Summed over
+    `batch` of these rows and divided by the `targets` answer tokens of the whole step.
+    """
     reader = wire.reader
-    prompts = [common.sent_prompt(reader, row) for row in rows]
-    texts = [common.spelled_text(reader, prompt.text) for prompt in prompts]
-    data = common.to_bytes(texts, reader.device)
+    texts = [common.sent_prompt(reader, row).text for row in rows]
+    data = common.to_bytes([reader.spelling.spell(text) for text in texts], reader.device)  # [B,N]
+    real = data < 256
+    line, real_line = end_to_end(data, real)
+    logits, features = wire.encoder(line)
     if wire.fixed_length:
-        is_end = torch.zeros_like(data, dtype=torch.bool)
-        is_end[:, wire.fixed_length - 1 :: wire.fixed_length] = True
-        lengths = (data < 256).sum(1)
-        is_end &= data < 256
-        is_end[torch.arange(len(data), device=data.device), lengths - 1] = True
+        is_end = (torch.arange(data.shape[1], device=data.device) + 1) % wire.fixed_length == 0
+        is_end = is_end & real
     else:
-        _, is_end, _ = known_targets(reader, texts, data)
+        known, is_end, _ = known_targets(reader, texts, data)
+        found = torch.zeros_like(real).masked_scatter(real, logits[real_line] > 0)
+        is_end = torch.where(known.any(1, keepdim=True), is_end, found)
+    is_end[torch.arange(len(data), device=data.device), real.sum(1) - 1] = True
     counts = is_end.sum(1).tolist()
-    data, is_end = end_to_end(data, is_end)
-    _, features = wire.encoder(data)
-    codes = (wire.encoder.code(features[is_end]) * wire.code_scale).split(counts)  # [L,k] for each prompt
-    batch = common.make_batch(reader, rows)
+    codes = (wire.encoder.code(features[real_line][is_end[real]]) * wire.code_scale).split(counts)  # [L,k] each
     received = wire.adapter(torch.cat([part for c in codes for part in (wire.prefix_codes, c)]), wire.constant_rms)
     spliced, embeddings = common.splice(reader, batch, received.split([len(wire.prefix_codes) + n for n in counts]))
     logits = common.answer_logits(reader, spliced, embeddings)
-    return F.cross_entropy(logits, spliced.labels[spliced.labels != common.IGNORE])
+    return F.cross_entropy(logits, spliced.labels[spliced.labels != common.IGNORE], reduction="sum") / targets
+
+
+def halve(reader: common.Reader, rows: list[dict]) -> list[dict]:
+    """Windows of a text, of which the first half travels, as its text, and the LLM predicts the second.
+
+    The first half is tokenised again, as whoever receives a text would. A half that does not survive that (cut inside
+    a character, say) is left out.
+    """
+    halves = []
+    for row in rows:
+        middle = len(row["ids"]) // 2
+        text = reader.tokenizer.decode(row["ids"][:middle], skip_special_tokens=True)
+        ids = common.tokenize(reader, text) if text else []
+        if text and reader.tokenizer.decode(ids, skip_special_tokens=True) == text:
+            halves.append({"ids": (ids + row["ids"][middle:])[: reader.context_tokens], "sent": len(ids)})
+    return halves
 
 
 @torch.no_grad()
@@ -248,13 +283,13 @@ def measure_encoder(wire: Wire, table_codes: Tensor, rows: list[dict]) -> dict[s
     """
     reader, hits, found, real, exact, cosine, whole, left_out = wire.reader, 0, 0, 0, 0, 0.0, 0, 0
     for row in rows:
-        text = common.spelled_text(reader, common.sent_prompt(reader, row).text)
+        text = common.sent_prompt(reader, row).text
         try:
             ids, ends = common.token_ends(reader, text)
         except common.UserError:
             left_out += 1
             continue
-        found_ends, codes = wire.segment(text)
+        found_ends, codes = wire.segment(reader.spelling.spell(text))
         shared = set(ends) & set(found_ends.tolist())
         hits, found, real = hits + len(shared), found + len(found_ends), real + len(ends)
         whole += len(shared) == len(ends) == len(found_ends)
@@ -305,6 +340,7 @@ def main() -> None:
         )
         where = common.HERE / args.stage1 if args.stage1 in SHIPPED.values() else args.stage1
         stage1_tensors, stage1_config = common.load_wire(str(where), "stage1", config_keys, tensor_keys)
+        stage1_sha256 = hashlib.sha256((Path(where) / "wire.safetensors").read_bytes()).hexdigest()
         if stage1_config["rms"] != "constant":
             raise common.UserError(
                 f"{args.stage1} sends each token's RMS; stage 2 starts from a wire with --rms constant"
@@ -314,12 +350,26 @@ def main() -> None:
     vocabulary, d = reader.table.shape
     data = common.load_data(args.data, reader, args.eval_examples)
     common.check_questions(reader, data)
-    if data.kind == "text":  # the first half of a window travels, and the LLM predicts the second
-        for row in [*data.train, *data.validation, *data.test]:
-            row["sent"] = len(row["ids"]) // 2
+    if data.kind == "text":
+        windows = len(data.test)
+        data.train, data.validation, data.test = (
+            halve(reader, part) for part in (data.train, data.validation, data.test)
+        )
+        if not data.train or not data.test:
+            raise common.UserError(f"--data {args.data}: no window's first half is text that can be tokenised again")
+        print(f"windows whose first half is text by itself: {len(data.test)} of {windows} test windows")
+    tried = (data.train_rows(args.seed, 0, 16) + data.test)[:16]
+    if not args.eval_only and not any(spells(reader, common.sent_prompt(reader, row).text) for row in tried):
+        raise common.UserError(
+            f"--model {args.model}: the names of its tokens do not spell its prompts, so token ends are not known"
+        )
     run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
     checkpoint_path = Path(args.out) / "checkpoint.pt"
     resumed = common.load_checkpoint(checkpoint_path, run_arguments, reader.fingerprint) if args.resume else None
+    if resumed and resumed["stage1_sha256"] != stage1_sha256:
+        raise common.UserError(
+            f"--resume: {checkpoint_path} was made from another wire than {args.stage1} is now; start without --resume"
+        )
     print(f"model {args.model}: V {vocabulary}, d {d}, fingerprint {reader.fingerprint}")
     size = "unlimited" if data.train is None else len(data.train)
     print(f"data {args.data} ({data.kind}): {size} training rows, {len(data.test)} test rows", flush=True)
@@ -350,7 +400,8 @@ def main() -> None:
     if args.eval_only:
         common.load_module(encoder, "encoder.", saved_tensors, args.eval_only)
     constant_rms = stage1_tensors["target_rms"].to(device)
-    wire = Wire(reader, encoder, adapter, table_codes[prefix], constant_rms)
+    prefix_codes = saved_tensors["prefix_codes"].to(device) if args.eval_only else table_codes[prefix]
+    wire = Wire(reader, encoder, adapter, prefix_codes, constant_rms)
     if args.without == "boundary-target":
         wire.fixed_length = 3  # about a token of the embedded readers
     out = common.open_out(args.out)
@@ -363,7 +414,7 @@ def main() -> None:
     history: list[dict] = []
     steps = 0 if args.eval_only else args.steps
     step, train_seconds = 0, 0.0
-    learn_adapter = args.without in ("stage1-adapter", "code-target", "boundary-target")
+    through_llm_always = args.without in ("stage1-adapter", "code-target", "boundary-target")
     groups = [{"params": encoder.parameters()}, {"params": adapter.parameters()}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     if resumed:
@@ -382,36 +433,47 @@ def main() -> None:
     while step < steps:
         # warm-up over 5% of the steps, then linearly to zero; a tenth of that through the LLM
         scale = min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
-        through_llm = step >= steps - args.llm_steps or args.without in ("code-target", "boundary-target")
+        through_llm = step >= steps - args.llm_steps or through_llm_always
         optimizer.param_groups[0]["lr"] = args.lr * scale
-        optimizer.param_groups[1]["lr"] = args.lr * scale * (1.0 if learn_adapter else 0.1 if through_llm else 0.0)
+        optimizer.param_groups[1]["lr"] = args.lr * scale * (1.0 if through_llm_always else 0.1 if through_llm else 0.0)
         rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
         parts = [rows[i * args.micro_batch_size : (i + 1) * args.micro_batch_size] for i in range(accumulation)]
         losses = {"loss_end": 0.0, "loss_mse": 0.0, "loss_token": 0.0, "loss_ce": 0.0}
+        known = []  # of each part: bytes, which are real, which end a token, ids of the tokens
+        rng = random.Random(f"{args.seed}-{step}-0")
+        for part in parts if args.without != "boundary-target" else []:
+            texts = [common.sent_prompt(reader, row).text for row in part]
+            texts += [odd_text(rng, text, reader) for text in texts]
+            data_bytes = common.to_bytes([reader.spelling.spell(text) for text in texts], device)  # [2B,N]
+            real, is_end, ids = known_targets(reader, texts, data_bytes)
+            known.append((*end_to_end(data_bytes, real, is_end), ids))
+        batches = [common.make_batch(reader, part) for part in parts] if through_llm else []
+        # every part's losses are its share of the whole step's means
+        bytes_of_step = max(1, sum(int(real.sum()) for _, real, _, _ in known))
+        tokens_of_step = max(1, sum(len(ids) for *_, ids in known))
+        targets_of_step = sum(int((batch.labels != common.IGNORE).sum()) for batch in batches)
         for number, part in enumerate(parts):
             total = torch.zeros((), device=device)
-            if args.without != "boundary-target":
-                rng = random.Random(f"{args.seed}-{step}-{number}")
-                texts = [common.sent_prompt(reader, row).text for row in part]
-                texts += [odd_text(rng, text, reader) for text in texts]
-                texts = [common.spelled_text(reader, text) for text in texts]
-                data_bytes = common.to_bytes(texts, device)  # [2B,N]
-                real, is_end, ids = known_targets(reader, texts, data_bytes)
-                data_bytes, real, is_end = end_to_end(data_bytes, real, is_end)
+            if known:
+                data_bytes, real, is_end, ids = known[number]
                 logits, features = encoder(data_bytes)
-                end = F.binary_cross_entropy_with_logits(logits[real], is_end[real].float())
+                end = F.binary_cross_entropy_with_logits(logits[real], is_end[real].float(), reduction="sum")
+                end = end / bytes_of_step
                 total = total + 10 * end
-                losses["loss_end"] += end.item() / accumulation
-            if args.without not in ("boundary-target", "code-target"):
-                mse, token = code_losses(wire, encoder.code(features[is_end]) * wire.code_scale, table_codes[ids], ids)
-                total = total + mse + token
-                losses["loss_mse"] += mse.item() / accumulation
-                losses["loss_token"] += token.item() / accumulation
+                losses["loss_end"] += end.item()
+            if known and args.without != "code-target":
+                codes = encoder.code(features[is_end]) * wire.code_scale
+                mse, token = code_losses(wire, codes, table_codes[ids], ids, tokens_of_step)
+                total = total + mse
+                losses["loss_mse"] += mse.item()
+                if args.without != "stage1-adapter":  # there the keys are random: not a target, but to be learned
+                    total = total + token
+                    losses["loss_token"] += token.item()
             if through_llm:
-                ce = answer_loss(wire, part)
+                ce = answer_loss(wire, part, batches[number], targets_of_step)
                 total = total + ce
-                losses["loss_ce"] += ce.item() / accumulation
-            (total / accumulation).backward()
+                losses["loss_ce"] += ce.item()
+            total.backward()
         norm = torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *adapter.parameters()], 1.0)
         if not math.isfinite(sum(losses.values()) + norm.item()):
             kept = f"the checkpoint of step {good_step} is kept" if good_step else "there is no checkpoint yet"
@@ -434,6 +496,7 @@ def main() -> None:
                     "adapter": adapter.state_dict(), "encoder": encoder.state_dict(),
                     "optimizer": optimizer.state_dict(), "step": step, "train_seconds": train_seconds,
                     "history": history, "arguments": run_arguments, "fingerprint": reader.fingerprint,
+                    "stage1_sha256": stage1_sha256,
                 },
             )  # fmt: skip
             good_step = step

@@ -29,7 +29,7 @@ def test_smoke_run_prints_every_diagnosis(tmp_path):
     ):
         assert cause in done.stdout
     result = json.loads(done.stdout.strip().split("\n")[-1])
-    assert list(result) == common.RESULT_KEYS and result["positions"] == 32 and result["wire_bytes"] == 16384
+    assert list(result) == common.RESULT_KEYS and result["positions"] == 33 and result["wire_bytes"] == 16384
     controls = json.loads((tmp_path / "out" / "config.json").read_text())["controls"]
     assert all(value is not None for value in controls.values())
     again = run_stage(stage0, "--eval-only", tmp_path / "out", "--eval-examples", "40", "--out", tmp_path / "again")
@@ -76,3 +76,13 @@ def test_plain_text_is_refused(tmp_path):
     (tmp_path / "some.txt").write_text("Once upon a time there was a town. " * 400)
     run = run_stage(stage0, "--data", tmp_path / "some.txt", "--out", tmp_path / "out")
     assert run.code == 2 and "stage 0 learns from answers" in run.stderr
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    losses = []
+    for size in (4, 1):
+        flags = ("--steps", "3", "--batch-size", "4", "--micro-batch-size", size, "--eval-examples", "4")
+        assert run_stage(stage0, *flags, "--out", tmp_path / str(size)).code == 0
+        rows = (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(row)["loss_ce"] for row in rows])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
-from unittest.mock import Mock
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import HERE, SHARED, need, run_stage
 
 import common
+import stage1_pca_adapter as stage1
 import stage2_encoder as stage2
 
 QUICK = ("--steps", "4", "--llm-steps", "2", "--batch-size", "4", "--eval-examples", "8")
@@ -50,8 +52,8 @@ def wire():
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
 def test_token_ends_spell_the_bytes(reader, text):
-    spelled = common.spelled_text(reader, text)
-    ids, ends = common.token_ends(reader, spelled)
+    spelled = reader.spelling.spell(text)
+    ids, ends = common.token_ends(reader, text)
     raw = spelled.encode()
     assert ends[-1] == len(raw) and ends == sorted(set(ends)) and len(ids) == len(ends)
     assert common.prefix_ids(reader) + ids == common.tokenize(reader, text)
@@ -71,7 +73,49 @@ def test_odd_text_is_text_that_the_tokenizer_spells(reader):
     texts = [stage2.odd_text(rng, prompt, reader) for _ in range(200)]
     assert len(set(texts)) > 190 and any(not text.isascii() for text in texts)
     for text in texts:
-        common.token_ends(reader, common.spelled_text(reader, text))
+        common.token_ends(reader, text)
+
+
+@pytest.mark.parametrize("template", (None, "<s>[INST] {{ messages[0]['content'] }} [/INST]"))
+@pytest.mark.parametrize("scheme", ("first", "always"))
+def test_spaces_that_a_tokenizer_puts_in_front_are_spelled(scheme, template, tmp_path):
+    directory = shutil.copytree(HERE / "tiny" / "tiny-llama", tmp_path / "llm")
+    description = json.loads((directory / "tokenizer.json").read_text())
+    description["pre_tokenizer"] = {**description["pre_tokenizer"]["pretokenizers"][-1], "prepend_scheme": scheme}
+    (directory / "tokenizer.json").write_text(json.dumps(description))
+    reader = common.load_reader(str(directory), torch.device("cpu"), torch.float32)
+    reader.tokenizer.chat_template = template
+    for text in (
+        common.prompt_text(reader, "Pergalan sells oil.", "Who?"),
+        "oil",
+        " oil",
+        "a</s> b</s>c",
+        "</s>",
+        "x\ny",
+    ):
+        ids, ends = common.token_ends(reader, text)
+        assert ids and ends[-1] == len(reader.spelling.spell(text).encode())
+
+
+def test_a_tokenizer_whose_names_spell_nothing_is_refused_before_training(tmp_path, random_llm):
+    directory = shutil.copytree(random_llm, tmp_path / "llm")
+    description = json.loads((directory / "tokenizer.json").read_text())
+    description["normalizer"] = {"type": "Replace", "pattern": {"String": "Q"}, "content": "question"}
+    (directory / "tokenizer.json").write_text(json.dumps(description))
+    wire = tmp_path / "stage1"
+    assert run_stage(stage1, "--model", directory, "--smoke", "--code-dim", "4", "--out", wire).code == 0
+    run = run_stage(stage2, "--model", directory, "--stage1", wire, "--smoke", "--out", tmp_path / "out")
+    assert run.code == 2 and "do not spell its prompts" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_a_training_text_that_the_tokens_do_not_spell_is_cut_where_the_encoder_says(wire):
+    wire.reader.table.requires_grad_(False)
+    rows = [{"context": context, "question": "Who?", "answers": ["oil"]} for context in ("a \u2581 b", "Pergalan")]
+    assert not stage2.spells(wire.reader, common.sent_prompt(wire.reader, rows[0]).text)
+    batch = common.make_batch(wire.reader, rows)
+    loss = stage2.answer_loss(wire, rows, batch, int((batch.labels != common.IGNORE).sum()))
+    alone = [stage2.answer_loss(wire, [row], common.make_batch(wire.reader, [row]), 1).item() for row in rows]
+    assert loss.item() == pytest.approx(sum(alone) / int((batch.labels != common.IGNORE).sum()), rel=1e-4)
 
 
 # --- the sender
@@ -79,10 +123,6 @@ def test_odd_text_is_text_that_the_tokenizer_spells(reader):
 
 def test_the_sender_never_calls_the_tokenizer(wire, monkeypatch):
     class Raises:
-        """Has the tokenizer's description, and raises for whatever would tokenize."""
-
-        backend_tokenizer = Mock(spec=["to_str"], to_str=wire.reader.tokenizer.backend_tokenizer.to_str)
-
         def __getattr__(self, name):
             raise AssertionError(f"the sender asked the tokenizer for {name}")
 
@@ -214,6 +254,32 @@ def test_resumed_run_equals_an_unbroken_one_and_the_llm_stays(tmp_path, monkeypa
     assert resumed.code == 0 and "resumed at step 3" in resumed.stdout
     wires = [hashlib.sha256((tmp_path / n / "wire.safetensors").read_bytes()).hexdigest() for n in ("whole", "broken")]
     assert wires[0] == wires[1]
+
+
+def test_resume_refuses_a_stage1_wire_that_has_changed(tmp_path):
+    stage1_wire = shutil.copytree(HERE / "tiny" / "wires" / "stage1", tmp_path / "stage1")
+    flags = (*QUICK, "--stage1", stage1_wire, "--out", tmp_path / "out")
+    assert run_stage(stage2, *flags).code == 0
+    tensors = safetensors.torch.load_file(stage1_wire / "wire.safetensors")
+    tensors["adapter.keys"] += 1e-3
+    safetensors.torch.save_file(tensors, stage1_wire / "wire.safetensors")
+    run = run_stage(stage2, *flags, "--resume")
+    assert run.code == 2 and "made from another wire" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    losses = []
+    for size in (4, 1):
+        flags = ("--steps", "3", "--llm-steps", "3", "--batch-size", "4", "--eval-examples", "4")
+        assert run_stage(stage2, *flags, "--micro-batch-size", size, "--out", tmp_path / str(size)).code == 0
+        rows = [json.loads(row) for row in (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row[key] for row in rows for key in row if key.startswith("loss_")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_text_of_more_tokens_than_the_llm_takes_is_cut(wire):
+    received = wire.receive(wire.send(common.Prompt("x y z " * 400, [], False)))
+    assert len(received) <= wire.reader.prompt_tokens
 
 
 @pytest.mark.parametrize("without", stage2.ABLATIONS)
