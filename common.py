@@ -617,7 +617,11 @@ INSTRUCTION = "Answer the question with a short phrase copied from the text, and
 
 def prompt_text(reader: Reader, context: str, question: str) -> str:
     """The prompt as text: the model's chat template where it has one, else passage, question and "Answer:"."""
-    plain = PROMPT.format(context=context, question=question)
+    return as_prompt(reader, PROMPT.format(context=context, question=question))
+
+
+def as_prompt(reader: Reader, plain: str) -> str:
+    """PROMPT, filled in, as this model wants it."""
     if not reader.tokenizer.chat_template:
         return plain
     chat = [{"role": "user", "content": f"{INSTRUCTION}\n\n{plain.removesuffix(chr(10) + 'Answer:')}"}]
@@ -637,6 +641,8 @@ class Prompt:
     text: str
     ids: list[int]  # L
     truncated: bool
+    context: str = ""  # as far as it fits
+    question: str = ""
 
 
 def make_prompt(reader: Reader, context: str, question: str, max_tokens: int | None = None) -> Prompt:
@@ -648,7 +654,7 @@ def make_prompt(reader: Reader, context: str, question: str, max_tokens: int | N
     text = prompt_text(reader, context, question)
     ids = tokenize(reader, text)
     if len(ids) <= limit:
-        return Prompt(text, ids, False)
+        return Prompt(text, ids, False, context, question)
     low, high = 0, len(context)  # the longest prefix of the context that fits, by bisection over characters
     if len(tokenize(reader, prompt_text(reader, "", question))) > limit:
         raise UserError(f"a question of {len(question)} characters does not fit into {limit} tokens: {question[:60]!r}")
@@ -657,7 +663,7 @@ def make_prompt(reader: Reader, context: str, question: str, max_tokens: int | N
         fits = len(tokenize(reader, prompt_text(reader, context[:middle], question))) <= limit
         low, high = (middle, high) if fits else (low, middle - 1)
     text = prompt_text(reader, context[:low], question)
-    return Prompt(text, tokenize(reader, text), True)
+    return Prompt(text, tokenize(reader, text), True, context[:low], question)
 
 
 def truncated_prompt(reader: Reader, row: dict, max_tokens: int) -> Prompt:
@@ -1298,13 +1304,13 @@ def print_samples(reader: Reader, data: Data, send: Send, receive: Receive) -> N
 
 
 def finish_run(
-    out: Path, tensors: dict, config: dict, history: list[dict], records: list[dict], extra: list[tuple], title: str,
-    more_bars: dict[str, float] | None = None,
+    out: Path, tensors: dict | None, config: dict, history: list[dict], records: list[dict], extra: list[tuple],
+    title: str, more_bars: dict[str, float] | None = None,
 ) -> None:  # fmt: skip
     """Write the run directory, then print the table and, as the last line, the JSON object.
 
-    config["metrics"] holds RESULT_KEYS; extra: rows (what, value, note) of the stage's own controls; more_bars: what
-    report.png shows beside the scores.
+    tensors: of the wire, or None if it is saved elsewhere; config["metrics"] holds RESULT_KEYS; extra: rows (what,
+    value, note) of the stage's own controls; more_bars: what report.png shows beside the scores.
     """
     metrics = config["metrics"]
     result = {key: metrics[key] for key in RESULT_KEYS}
@@ -1349,7 +1355,8 @@ def finish_run(
         rows.append(
             ("", "", f"in bytes the wire is {result['wire_bytes'] / result['text_bytes']:.1f}x LARGER than the text")
         )
-    save_wire(out, tensors, config)
+    if tensors is not None:
+        save_wire(out, tensors, config)
     write_samples(out / "samples.md", records)
     byte_bars = {
         "text": result["text_bytes"],
