@@ -27,6 +27,7 @@ SCRIPTS = {
     "stage0": "stage0_broken.py",
     "stage1": "stage1_pca_adapter.py",
     "stage2": "stage2_encoder.py",
+    "stage3": "stage3_full.py",
 }
 WIDTHS = {"tiny": (24, 12), "tiny-qwen": (20, 10)}  # 8x and 16x fewer dimensions than 192 and 160
 ACCENTS = str.maketrans("aeioucnAEIOUCN", "áéíöüçñÁÉÍÖÜÇÑ")
@@ -83,10 +84,10 @@ def stage1(shared: str) -> dict[str, list[str]]:
 
 def stage2(shared: str) -> dict[str, list[str]]:
     runs = {f"{model}-seed{seed}": ["--model", model, "--seed", str(seed)] for seed in (0, 1, 2) for model in WIDTHS}
-    for without in ("stage1-adapter", "pca"):
-        runs[f"tiny-without-{without}"] = ["--model", "tiny", "--without", without]
-    for without in ("code-target", "boundary-target"):  # from the answer alone the default rate, 3e-3, diverges
+    runs["tiny-without-pca"] = ["--model", "tiny", "--without", "pca"]
+    for without in ("stage1-adapter", "code-target", "boundary-target"):  # through the LLM the default, 3e-3, diverges
         runs[f"tiny-without-{without}"] = ["--model", "tiny", "--without", without, "--lr", "1e-3"]
+    runs["tiny-without-nothing"] = ["--model", "tiny", "--lr", "1e-3"]  # beside those
     runs["tiny-without-llm-steps"] = ["--model", "tiny", "--llm-steps", "0"]
     for model, wire in (("tiny", "stage2"), ("tiny-qwen", "stage2-qwen")):
         for name in HARDER:
@@ -95,6 +96,20 @@ def stage2(shared: str) -> dict[str, list[str]]:
     if (ROOT / shared).is_dir():
         stories = ["--model", f"{shared}/models/stories260k", "--data", f"{shared}/data/text/tinystories_sample.txt"]
         runs["stories260k"] = [*stories, "--stage1", STORIES_WIRE]
+    return runs
+
+
+def stage3(shared: str) -> dict[str, list[str]]:
+    runs = {}
+    for seed in (0, 1, 2):
+        runs[f"seed{seed}"] = ["--seed", str(seed)]
+        runs[f"seed{seed}-context"] = ["--eval-only", f"out/results/stage3/seed{seed}", "--wire-carries", "context"]
+    for without in ("copies", "context", "prediction"):
+        runs[f"without-{without}"] = ["--model", "tiny", "--without", without]
+    runs["one-receiver"] = ["--stage2", "tiny/wires/stage2"]
+    for name in HARDER:
+        file = f"out/results/harder-{name}.jsonl"
+        runs[name] = ["--eval-only", "tiny/wires/stage3", "--data", file, "--eval-examples", "300"]
     return runs
 
 
@@ -140,14 +155,19 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if not (ROOT / args.shared).is_dir():
         print(f"{args.shared} is not there: the rows on real weights are left out")
-    if args.stage == "stage2":
+    if args.stage in ("stage2", "stage3"):
         write_harder(ROOT / "out" / "results")
-    runs = {"stage0": stage0, "stage1": stage1, "stage2": stage2}[args.stage](args.shared)
+    runs = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}[args.stage](args.shared)
     runs = {name: flags for name, flags in runs.items() if args.only in name}
     if args.stage == "stage2" and "stories260k" in runs and not (ROOT / STORIES_WIRE).exists():
         flags = [*stage1(args.shared)["stories260k-k8-codebook"], "--device", "cpu", "--out", STORIES_WIRE]
         subprocess.run([sys.executable, SCRIPTS["stage1"], *flags], cwd=ROOT, check=True)
     threads = max(1, os.cpu_count() // args.workers)
-    with ThreadPoolExecutor(args.workers) as pool:
-        jobs = [pool.submit(measure, args.stage, n, flags, threads) for n, flags in runs.items()]
-        sys.exit(not all([job.result() for job in jobs]))
+    # what evaluates a wire comes after what trains it
+    halves = [{n: f for n, f in runs.items() if ("--eval-only" in f) == later} for later in (False, True)]
+    done = []
+    for half in halves:
+        with ThreadPoolExecutor(args.workers) as pool:
+            jobs = [pool.submit(measure, args.stage, n, flags, threads) for n, flags in half.items()]
+            done += [job.result() for job in jobs]
+    sys.exit(not all(done))
