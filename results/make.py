@@ -130,7 +130,7 @@ def by_seed(stage: str) -> dict[str, list[dict]]:
 
 
 def duration(groups: dict[str, list[dict]]) -> list[str]:
-    """How long the default run took where it had two threads to itself."""
+    """How long the default run took where it had two threads (measured with --workers 1: nothing ran beside it)."""
     for row in (row for group in groups.values() for row in group if row["threads"] == 2):
         m = row["metrics"]
         seconds = m["train_seconds"] + m["eval_seconds"]
@@ -166,15 +166,16 @@ def causes(rows: list[dict]) -> list[str]:
         c, m = group[0]["controls"], group[0]["metrics"]
         lines += [
             f"- **{model}.** Too many unknowns: gradient RMS {c['gradient_encoder']:.1e} a parameter of the encoder, "
-            f"{c['gradient_adapter']:.1e} of the adapter; F1 {c['random_encoder_f1']:.1f} with the encoder "
+            f"{c['gradient_adapter']:.1e} of the adapter (in the first steps {c['first_gradient_encoder']:.1e} and "
+            f"{c['first_gradient_adapter']:.1e}); F1 {c['random_encoder_f1']:.1f} with the encoder "
             "random again, "
             f"{c['random_adapter_f1']:.1f} with the adapter. No supervision: linear probes read "
             f"{c['probe_accuracy']:.1f}% "
             f"of the tokens off the latents, guessing {c['probe_guess']:.1f}%. Compression: 32 positions for "
             f"{m['text_positions']:.0f} tokens; {c['bits_offered']:.0f} bits offered, {c['bits_needed']:.0f} needed, "
             f"{c['effective_dimensions']:.1f} of 8192 dimensions used. Mismatch: cosine "
-            f"{c['nearest_cosine']:.2f} to the "
-            f"nearest token, RMS {c['rms']:.3f} against {c['real_rms']:.3f}, norm of the mean "
+            f"{c['nearest_cosine']:.2f} to the nearest token (random vectors: {c['random_nearest_cosine']:.2f}), "
+            f"RMS {c['rms']:.3f} against {c['real_rms']:.3f}, norm of the mean "
             f"{c['mean_norm']:.2f} against "
             f"{c['real_mean_norm']:.2f}."
         ]
@@ -227,7 +228,9 @@ def ablations(rows: list[dict]) -> list[str]:
         row = json.loads(path.read_text())
         m, c = row["metrics"], row["controls"]
         left = path.stem.removeprefix("tiny-without-").replace("-", " ") if path in names else "nothing"
-        left = {"boundary target": "boundary and code targets"}.get(left, left)
+        left = {
+            "boundary target": "boundary and code targets", "nothing": "nothing, at the ablations' learning rate",
+        }.get(left, left)  # fmt: skip
         lines.append(
             f"| {left} | {m['f1']:.1f} | {m['retention']:.1f} | {m['nll_wire']:.3f} ({m['nll_text']:.3f}) | "
             f"{c['boundary_f1']:.2f} | {c['exact_token']:.2f} | `{row['command']}` |"
@@ -268,6 +271,156 @@ def encoder_real_weights(rows: list[dict]) -> list[str]:
         f"{c['true_codes']:.3f} "
         f"with the true codes; token ends {c['boundary_f1']:.2f}, exact tokens {c['exact_token']:.2f}%."
     ]
+
+
+def readings(row: dict) -> list[dict]:
+    """A stage-3 row as one for each receiver, in ORDER."""
+    parts = [{**row, "metrics": row["metrics"], "controls": row["controls"]}, *({**row, **o} for o in row["others"])]
+    return sorted(parts, key=lambda part: ORDER.index(part["metrics"]["model"]))
+
+
+def full(pattern: str) -> dict[tuple[str, str], list[dict]]:
+    """(what travels, reader) -> stage-3 measurements of the runs whose names fit."""
+    groups = defaultdict(list)
+    for path in sorted((HERE / "stage3").glob(pattern)):
+        for part in readings(json.loads(path.read_text())):
+            groups[part["wire_carries"], part["metrics"]["model"]].append(part)
+    return dict(sorted(groups.items(), key=lambda pair: (pair[0][0] != "prompt", ORDER.index(pair[0][1]))))
+
+
+def ladder(rows: list[dict]) -> list[str]:
+    lines = [
+        "| stage | reader | what is learned | F1 from text | F1 through the wire | retention, % | bytes (text) | "
+        "positions (text) | seeds |",
+        "|---" * 9 + "|",
+    ]
+    learned = {
+        "stage0": "all at once, from the answer",
+        "stage1": "the adapter",
+        "stage2": "+ the encoder",
+        "stage3": "+ the message",
+    }
+    groups = {(stage, model): rows for stage in ("stage0", "stage2") for model, rows in by_seed(stage).items()}
+    for model, width in (("tiny", 24), ("tiny-qwen", 20)):
+        groups["stage1", model] = [
+            row for row in rows if (row["model"], row["code_dim"], row["adapter"]) == (model, width, "codebook")
+            and row["rms"] == "constant" and row["data"] == "tiny"
+        ]  # fmt: skip
+    groups |= {("stage3", model): parts for (what, model), parts in full("seed*.json").items() if what == "prompt"}
+    for (stage, model), group in sorted(groups.items(), key=lambda pair: (pair[0][0], ORDER.index(pair[0][1]))):
+        mean = {
+            key: statistics.mean(row["metrics"][key] for row in group)
+            for key in ("wire_bytes", "text_bytes", "positions", "text_positions")
+        }
+        lines.append(
+            f"| {stage[-1]} | {model} | {learned[stage]} | {spread(group, 'text_f1')} | {spread(group, 'f1')} | "
+            f"{spread(group, 'retention')} | {mean['wire_bytes']:.0f} ({mean['text_bytes']:.0f}) | "
+            f"{mean['positions']:.0f} ({mean['text_positions']:.0f}) | {len(group)} |"
+        )
+    return lines
+
+
+def message(rows: list[dict]) -> list[str]:
+    lines = [
+        "| what travels | reader | F1 from text | F1 through the wire | retention, % | no context | shuffled | "
+        "bytes | text | zlib -9 | zlib -9, dictionary | packed token ids | this LLM's own prediction | "
+        "seeds | command |",
+        "|---" * 15 + "|",
+    ]
+    groups = full("seed*.json")
+    if not groups:
+        return ["Not measured yet: `python results/run_stages.py stage3`."]
+    for (what, model), group in groups.items():
+        bound = spread(group, "llm_bound_bytes") if what == "prompt" else ""
+        lines.append(
+            f"| {what} | {model} | {spread(group, 'text_f1')} | {spread(group, 'f1')} | {spread(group, 'retention')} | "
+            f"{spread(group, 'no_context_f1')} | {spread(group, 'shuffled_f1')} | **{spread(group, 'wire_bytes')}** | "
+            f"{group[0]['metrics']['text_bytes']:.0f} | {group[0]['metrics']['zlib_bytes']:.0f} | "
+            f"{group[0]['controls']['zlib_dictionary_bytes']:.0f} | {group[0]['metrics']['packed_token_bytes']:.0f} | "
+            f"{bound} | {len(group)} | `{without_seed(group[0]['command']).replace('/seed0', '/seedS')}` |"
+        )
+    arrived = sum(row["controls"]["arrived"] for group in groups.values() for row in group)
+    total = sum(row["metrics"]["examples"] for group in groups.values() for row in group)
+    return [
+        *lines,
+        "",
+        f"Texts that arrive bit for bit: {arrived} of {total}.",
+        *duration({"": groups["prompt", "tiny"]}),
+    ]
+
+
+def message_ablations(rows: list[dict]) -> list[str]:
+    lines = ["| left out | bytes of a prompt | retention, % | command |", "|---" * 4 + "|"]
+    names = {"seed0": "nothing", "one-receiver": "the second receiver", "without-copies": "copying from the message"}
+    names |= {"without-context": "the last 8 indices", "without-prediction": "any prediction: 10 bits an index"}
+    for name, what in names.items():
+        path = HERE / "stage3" / f"{name}.json"
+        if path.exists():
+            row = json.loads(path.read_text())
+            m = readings(row)[0]["metrics"]
+            lines.append(f"| {what} | {m['wire_bytes']:.1f} | {m['retention']:.1f} | `{row['command']}` |")
+    return lines
+
+
+def message_harder(rows: list[dict]) -> list[str]:
+    lines = ["| passages | reader | bytes | text | zlib -9 | retention, % |", "|---" * 6 + "|"]
+    for row in (row for row in load("stage3") if "harder-" in row["data"]):
+        for part in readings(row):
+            m, kind = part["metrics"], Path(row["data"]).stem.removeprefix("harder-")
+            retention = "n/a" if m["retention"] is None else f"{m['retention']:.1f}"
+            lines.append(
+                f"| {kind} | {m['model']} | {m['wire_bytes']:.0f} | {m['text_bytes']:.0f} | {m['zlib_bytes']:.0f} | "
+                f"{retention} |"
+            )
+    return lines
+
+
+def draw_frontier(rows: list[dict], path: Path) -> None:
+    """Retention against bytes, and against positions: every stage, both readers, and the baselines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True, sharey=True)
+    for model, color in zip(ORDER, ("#4c72b0", "#c44e52"), strict=True):
+        points = []  # (label, marker, rows)
+        for stage, marker in (("stage0", "x"), ("stage2", "s")):
+            points.append((f"{stage[:-1]} {stage[-1]}", marker, by_seed(stage).get(model, [])))
+        chosen = [r for r in rows if r["model"] == model and r["data"] == "tiny" and r["adapter"] == "codebook"]
+        for group in grouped([r for r in chosen if r["rms"] == "constant"], "model", "code_dim").values():
+            points.append(("stage 1", "^", group))
+        for (what, name), group in full("seed*.json").items():
+            if name == model:
+                points.append((f"stage 3, {what}", {"prompt": "o", "context": "D"}[what], group))
+        for label, marker, group in points:
+            if not group:
+                continue
+            m = {k: statistics.mean(r["metrics"][k] for r in group) for k in ("retention", "wire_bytes", "positions")}
+            for axis, key in zip(axes, ("wire_bytes", "positions"), strict=True):
+                axis.plot(m[key], m["retention"], marker, color=color, label=f"{label}: {model}")
+        group = full("seed0.json").get(("prompt", model), [])
+        if not group:
+            continue
+        m, c = group[0]["metrics"], group[0]["controls"]
+        cuts = [*c["truncated"], {"bytes": m["text_bytes"], "positions": m["text_positions"], "f1": m["text_f1"]}]
+        for axis, key in zip(axes, ("bytes", "positions"), strict=True):
+            xs, ys = [cut[key] for cut in cuts], [100 * cut["f1"] / m["text_f1"] for cut in cuts]
+            axis.plot(xs, ys, ":", marker=".", color=color, label=f"truncated text: {model}")
+        for value, label in (
+            (m["zlib_bytes"], "zlib -9"),
+            (c["zlib_dictionary_bytes"], "zlib, dictionary"),
+            (m["packed_token_bytes"], f"packed ids: {model}"),
+            (c["llm_bound_bytes"], f"own prediction: {model}"),
+        ):
+            if model == ORDER[0] or model in label:
+                axes[0].axvline(value, color=color if model in label else "#bbbbbb", linewidth=0.8, linestyle="--")
+                axes[0].text(value, 3, label, rotation=90, fontsize=7, ha="right")
+    axes[0].set(xscale="log", xlabel="bytes on the wire for one prompt or context", ylabel="retention, %")
+    axes[1].set(xlabel="positions that the LLM reads")
+    entries = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def provenance(bench: dict) -> str:
@@ -435,6 +588,10 @@ def main() -> None:
         "stage2-ablations": ablations,
         "stage2-harder": harder,
         "stage2-real-weights": encoder_real_weights,
+        "stage3-message": message,
+        "stage3-ablations": message_ablations,
+        "stage3-harder": message_harder,
+        "ladder": ladder,
         "stage1-headline": headline,
         "stage1-adapters": adapters,
         "stage1-real-weights": real_weights,
@@ -454,6 +611,7 @@ def main() -> None:
         sys.exit(text != README.read_text(encoding="utf-8"))
     README.write_text(text, encoding="utf-8", newline="\n")
     draw(rows, HERE / "stage1.png")
+    draw_frontier(rows, HERE / "frontier.png")
     draw_roofline(HERE / "roofline.png")
 
 

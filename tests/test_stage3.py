@@ -56,8 +56,8 @@ def test_the_predictor_in_use_is_the_trained_one_and_is_exact():
     torch.manual_seed(0)
     trained = stage3.Predictor(300)
     with torch.no_grad():
-        for parameter in trained.parameters():
-            parameter.mul_(3)
+        for layer in (trained.hidden, trained.out):
+            layer.weight.mul_(3)
     lists = [[random.Random(i).randrange(300) for _ in range(40)] * 2 for i in range(4)]
     contexts, copies, seen = (
         np.concatenate(part) for part in zip(*(stage3.features(x, 300, None) for x in lists), strict=True)
@@ -184,7 +184,8 @@ def test_mutated_messages_with_a_fitting_checksum_never_crash_or_grow(codec):
             outcomes.add("read")
         except common.UserError as refusal:
             outcomes.add(str(refusal))
-    assert outcomes == {"read", str(stage3.BROKEN)}
+    assert {"read", str(stage3.BROKEN)} <= outcomes
+    assert all(outcome == "read" or "cut off" in outcome or outcome == str(stage3.BROKEN) for outcome in outcomes)
     bomb = zlib.compress(b"a" * 10_000_000, 9)
     for body, flags in ((bomb, 65), (b"\xff\xff\x7f", 1), (b"\xff" * 40, 1), (b"\xff\xff\x03", 1), (b"", 1)):
         data = b"LW" + bytes([flags]) + codec.fingerprint + body
