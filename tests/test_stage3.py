@@ -187,7 +187,7 @@ def test_mutated_messages_with_a_fitting_checksum_never_crash_or_grow(codec):
     assert {"read", str(stage3.BROKEN)} <= outcomes
     assert all(outcome == "read" or "cut off" in outcome or outcome == str(stage3.BROKEN) for outcome in outcomes)
     bomb = zlib.compress(b"a" * 10_000_000, 9)
-    for body, flags in ((bomb, 65), (b"\xff\xff\x7f", 1), (b"\xff" * 40, 1), (b"\xff\xff\x03", 1), (b"", 1)):
+    for body, flags in ((bomb, 65), (b"\xff\xff\x7f", 1), (b"\xff" * 40, 1), (b"\xff\xff\x03", 1), (b"\0", 1)):
         data = b"LW" + bytes([flags]) + codec.fingerprint + body
         with pytest.raises(common.UserError, match="not well formed"):
             codec.text(data + struct.pack("<I", zlib.crc32(data)))
@@ -313,6 +313,17 @@ def test_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     assert resumed.code == 0 and "resumed at step 3" in resumed.stdout
     wires = [hashlib.sha256((tmp_path / n / "wire.safetensors").read_bytes()).hexdigest() for n in ("whole", "broken")]
     assert wires[0] == wires[1]
+
+
+def test_micro_batches_and_the_receiver_measured_change_nothing(tmp_path):
+    flags = ("--steps", "3", "--batch-size", "4", "--eval-examples", "2")
+    runs = {"a": (), "b": ("--micro-batch-size", "1"), "c": ("--model", "tiny-qwen")}
+    losses = {}
+    for name, more in runs.items():
+        assert run_stage(stage3, *flags, *more, "--out", tmp_path / name).code == 0
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(row)["loss_index"] for row in rows]
+    assert losses["a"] == pytest.approx(losses["b"], rel=1e-4) and losses["a"] == losses["c"]
 
 
 @pytest.mark.parametrize("without", stage3.ABLATIONS)
