@@ -227,9 +227,9 @@ def ablations(rows: list[dict]) -> list[str]:
     for path in [HERE / "stage2" / "tiny-seed0.json", *names]:
         row = json.loads(path.read_text())
         m, c = row["metrics"], row["controls"]
-        left = path.stem.removeprefix("tiny-without-").replace("-", " ") if path in names else "nothing"
+        left = path.stem.removeprefix("tiny-without-").replace("-", " ") if path in names else ""
         left = {
-            "boundary target": "boundary and code targets", "nothing": "nothing, at the ablations' learning rate",
+            "boundary target": "boundary and code targets", "nothing": "nothing, at a rate of 1e-3", "": "nothing",
         }.get(left, left)  # fmt: skip
         lines.append(
             f"| {left} | {m['f1']:.1f} | {m['retention']:.1f} | {m['nll_wire']:.3f} ({m['nll_text']:.3f}) | "

@@ -13,7 +13,12 @@ def rows_of(stage):
 
 
 ROWS = rows_of("stage1")
-SCRIPTS = {"stage0": "stage0_broken.py", "stage1": "stage1_pca_adapter.py", "stage2": "stage2_encoder.py"}
+SCRIPTS = {
+    "stage0": "stage0_broken.py",
+    "stage1": "stage1_pca_adapter.py",
+    "stage2": "stage2_encoder.py",
+    "stage3": "stage3_full.py",
+}
 
 
 def test_readme_tables_are_made_from_the_json():
@@ -59,6 +64,18 @@ def test_shipped_stage2_wires_are_those_measured():
         shipped = json.loads((HERE / "tiny" / "wires" / wire / "config.json").read_text())
         measured = json.loads((HERE / "results" / "stage2" / f"{model}-seed0.json").read_text())
         assert shipped["metrics"] == measured["metrics"] and shipped["controls"] == measured["controls"]
+
+
+def test_stage3_is_measured_on_1000_passages_with_both_receivers_and_shipped():
+    rows = {row["command"]: row for row in rows_of("stage3")}
+    for seed in range(3):
+        for flags in (f"--seed {seed}", f"--eval-only out/results/stage3/seed{seed} --wire-carries context"):
+            row = rows[f"python stage3_full.py {flags}"]
+            both = [row["metrics"], *(other["metrics"] for other in row["others"])]
+            assert {metrics["model"] for metrics in both} == {"tiny", "tiny-qwen"}
+            assert all(metrics["examples"] == 1000 for metrics in both)
+    shipped = json.loads((HERE / "tiny" / "wires" / "stage3" / "config.json").read_text())
+    assert shipped["metrics"] == rows["python stage3_full.py --seed 0"]["metrics"]
 
 
 def test_benchmarks_say_how_they_were_made():
