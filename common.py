@@ -642,7 +642,7 @@ class Prompt:
     ids: list[int]  # L
     truncated: bool
     context: str = ""  # as far as it fits
-    question: str = ""
+    question: str | None = None  # None: a window of text
 
 
 def make_prompt(reader: Reader, context: str, question: str, max_tokens: int | None = None) -> Prompt:

@@ -337,11 +337,12 @@ def pieces_of(reader: common.Reader) -> list[bytes]:
         if name is None or name in added:
             pieces.append(b"")
         elif byte_level:
-            pieces.append(bytes(letters[letter] for letter in name))
+            pieces.append(bytes(letters.get(letter, 0) for letter in name) if set(name) <= set(letters) else b"")
         elif name.startswith("<0x") and len(name) == 6:
             pieces.append(bytes([int(name[3:5], 16)]))
         else:
             pieces.append(name.replace("▁", " ").encode())
+    pieces = [piece if len(piece) < 256 else b"" for piece in pieces]  # spelled with shorter ones
     if not {bytes([byte]) for byte in range(256)} <= set(pieces):
         raise common.UserError(f"{reader.name} has no token for some byte: it can receive, but not send")
     return pieces
@@ -374,7 +375,8 @@ class Codec:
             predictor = {n.removeprefix("predictor."): t for n, t in own.items() if n.startswith("predictor.")}
             self.predictor = IntegerPredictor(predictor, without)
             for name in sorted(predictor):
-                digest.update(predictor[name].numpy().tobytes())
+                array = predictor[name].numpy()
+                digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
         digest.update(own["lengths"].numpy().tobytes() + spelled)
         self.fingerprint = digest.digest()[:2]  # of all that sender and receiver must share
         self.known: dict[bytes, str] = {}  # an evaluation sends and reads each text several times
@@ -404,20 +406,20 @@ class Codec:
         return lists
 
     def send(self, text: str, carries: str) -> bytes:
-        """Text -> message. Raises UserError for an empty text, half a surrogate pair, and more than MAX_TEXT bytes."""
+        """Text -> message. Raises UserError for half a surrogate pair and for more than MAX_TEXT bytes."""
         if len(text) > MAX_TEXT or len(text.encode(errors="replace")) > MAX_TEXT:
             raise common.UserError(f"the text is longer than the {MAX_TEXT} bytes that a message may hold: cut it")
         if (text, carries) in self.sent:
             return self.sent[text, carries]
-        ids, intervals = self.latents([text])[0], []
+        ids, intervals = self.latents([text])[0] if text else [], []
         contexts, copies, seen = features(ids, len(self.pieces), self.without)
         for at in range(0, len(ids), 512):
             part = slice(at, at + 512)
             ends = self.predictor.frequencies(contexts[part], copies[part], seen[part]).cumsum(1)
             for row, index in zip(ends, ids[part], strict=True):
                 intervals.append((int(row[index - 1]) if index else 0, int(row[index]), int(row[-1])))
-        coded = pack(Message(carries, len(ids), to_bits(intervals)), self.fingerprint)
         deflated = pack(Message(carries, 0, zlib.compress(text.encode(), 9)), self.fingerprint)
+        coded = pack(Message(carries, len(ids), to_bits(intervals)), self.fingerprint) if ids else deflated
         if len(self.sent) >= 4096:
             self.sent.clear()
         self.sent[text, carries] = min(coded, deflated, key=len)
@@ -442,7 +444,7 @@ class Codec:
             text = raw.decode()
         except UnicodeDecodeError:
             raise BROKEN from None
-        if not 0 < len(raw) <= MAX_TEXT:
+        if len(raw) > MAX_TEXT:
             raise BROKEN
         if len(self.known) >= 4096:
             self.known.clear()
@@ -472,7 +474,7 @@ class Codec:
 
 def plain(prompt: common.Prompt) -> str:
     """A prompt without the chat template of an LLM, which is its receiver's business; or a window of text."""
-    if not prompt.question:
+    if prompt.question is None:
         return prompt.text
     return common.PROMPT.format(context=prompt.context, question=prompt.question)
 
@@ -544,6 +546,8 @@ def send_once(args) -> None:
         raise common.UserError(f"--send {args.send}: the file is not UTF-8") from None
     except (OSError, ValueError):
         pass  # too long a name, or a zero in it: a text
+    if not text.strip():
+        raise common.UserError(f"--send {args.send!r}: there is no text to send")
     if args.wire_carries != "context":
         if not args.question:
             raise common.UserError("--send of a whole prompt needs a --question; or --wire-carries context without one")
@@ -657,6 +661,12 @@ def main() -> None:
             )
             if not data.train or not data.test:
                 raise common.UserError(f"--data {args.data}: no window's first half is text by itself")
+        for row in data.test:
+            size = len(plain(common.sent_prompt(reader, row)).encode())
+            if size > MAX_TEXT:
+                raise common.UserError(
+                    f"--data {args.data}: a prompt has {size} bytes, and a message holds {MAX_TEXT}: cut the passages"
+                )
     run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
     checkpoint_path = Path(args.out) / "checkpoint.pt"
     resumed = None

@@ -25,7 +25,7 @@ PASSAGE = "Pergalan is a firm. It sells olive oil to the town of Stelvidan."
 ODD_TEXTS = (
     PASSAGE, "Hello Émile 😀 naïve  x\n12345 cafe\u0301", "ALL CAPS and lower", "👍🏽🇫🇷❤️ ok", "\t\n  \n",
     "中文字 한국어",
-    "a", " ", "\x00\x7f", "x" * 300, "a </s> b <s> <unk>", "▁", "\ufeff" * 40, PASSAGE * 60,
+    "", "a", " ", "\x00\x7f", "x" * 300, "a </s> b <s> <unk>", "▁", "\ufeff" * 40, PASSAGE * 60,
 )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_a_message_is_much_shorter_than_its_text(codec):
 
 
 def test_texts_that_cannot_be_sent_are_refused(codec):
-    for text, words in (("", "no bytes"), ("half \ud800", "surrogate"), ("x" * 65537, "longer than the 65536 bytes")):
+    for text, words in (("half \ud800", "surrogate"), ("x" * 65537, "longer than the 65536 bytes")):
         with pytest.raises(common.UserError, match=words):
             codec.send(text, "prompt")
 
@@ -126,6 +126,15 @@ def test_the_format_is_the_documented_one(codec):
     assert message[:2] == b"LW" and message[2] == 1 | 128 and message[3:5] == codec.fingerprint
     assert message[5] == len(codec.latents([PASSAGE])[0]) < 128
     assert struct.unpack("<I", message[-4:])[0] == zlib.crc32(message[:-4])
+
+
+def test_messages_of_another_machine_are_read(codec):
+    """Made once with the shipped wire: whatever reads them predicts bit for bit what the sender predicted."""
+    for message, text in (
+        ("4c57811c001b4c2d4d0fa6fc05d73122db35af316f9293ce1e82e69883807f90259c", PASSAGE),
+        ("4c57811c000a00902c9fc66dc0bc52fc58", "Émile 😀"),
+    ):
+        assert codec.text(bytes.fromhex(message)) == (text, "context")
 
 
 def test_damaged_and_foreign_messages_are_refused_by_name(codec):
@@ -229,6 +238,7 @@ def test_wrong_uses_are_one_line(tmp_path, codec, random_llm):
     for flags, words in (
         (("--send", "x", "--receive", "y"), "two processes"),
         (("--send", "x"), "needs a --question"),
+        (("--send", " "), "no text to send"),
         (("--send", "x", "--question", "y", "--wire-carries", "context"), "drop --question"),
         (("--send", tmp_path / "latin", "--question", "y"), "not UTF-8"),
         (("--send", "x", "--question", "y", "--wire", tmp_path), "is not a trained wire"),
@@ -346,6 +356,22 @@ def test_a_third_llm_joins_with_a_stage2_wire(tmp_path, random_llm):
     )
     assert three.code == 0, three.stderr
     assert three.result["wire_bytes"] > 0 and three.result["positions"] > 0
+
+
+def test_plain_text_and_a_row_with_nothing_in_it(tmp_path):
+    rows = [{"context": f"Town {i} sells oil." * (i % 9 > 0), "question": "What?" * (i % 7 > 0), "answers": ["oil"]}
+            for i in range(200)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "some.txt").write_text("Once upon a time there was a town. It sold olive oil to Stelvidan. " * 300)
+    for file in ("rows.jsonl", "some.txt"):
+        run = run_stage(stage3, *QUICK, "--model", "tiny-qwen", "--data", tmp_path / file, "--out", tmp_path / "out")
+        assert run.code == 0, run.stderr
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["controls"]["arrived"] == run.result["examples"]
+    flags = ("--eval-only", SHIPPED, "--wire-carries", "context", "--eval-examples", "8", "--out", tmp_path / "b")
+    assert run_stage(stage3, *flags, "--data", tmp_path / "rows.jsonl").code == 0
+    run = run_stage(stage3, *flags, "--data", tmp_path / "some.txt")
+    assert run.code == 2 and "plain text has no questions" in run.stderr
 
 
 def test_a_tampered_wire_is_refused(tmp_path):
