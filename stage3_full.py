@@ -62,7 +62,10 @@ def parse_arguments():
     parser = common.Parser(description=__doc__.split("\n")[0])
     common.add_arguments(parser, STAGE, steps=1200, batch_size=32, lr=2e-3)
     parser.add_argument(
-        "--stage2", metavar="WIRE_DIR", nargs="+", help="trained stage-2 wires, one a receiver; the first one's sends"
+        "--stage2",
+        metavar="WIRE_DIR",
+        nargs="+",
+        help="trained stage-2 wires, one a receiver; the first one's sends. With --eval-only: receivers that join",
     )
     parser.add_argument(
         "--wire-carries", choices=CARRIES, help="what travels: the whole prompt, or all but the question"
@@ -577,6 +580,23 @@ def receive_once(args) -> None:
     print(common.generate(reader, [message], 1, lambda data: wire.embeddings(data, args.question))[0])
 
 
+def add_receivers(names: list[str], tensors: dict[str, Tensor], receivers: list[dict]) -> tuple[list[dict], list[str]]:
+    """Add trained stage-2 wires to `tensors` and `receivers`. Returns (their entries, sha256 of each). UserError."""
+    new, digests = [], []
+    for name in names:
+        where = common.HERE / name if name in STAGE2 else Path(name)
+        needed = ("mean", "components", "prefix_codes", "target_rms")
+        own, config = common.load_wire(str(where), "stage2", ("adapter", "code_dim"), needed)
+        digests.append(hashlib.sha256((where / "wire.safetensors").read_bytes()).hexdigest())
+        if any(entry["fingerprint"] == config["fingerprint"] for entry in receivers):
+            raise common.UserError(f"--stage2 {name}: there is a receiver for {config['model']} already")
+        entry = {key: config[key] for key in ("model", "fingerprint", "adapter", "code_dim")}
+        new.append(entry | {"prefix": f"receiver{len(receivers)}.", "stage2": name})
+        receivers.append(new[-1])
+        tensors |= {new[-1]["prefix"] + part: tensor for part, tensor in own.items()}
+    return new, digests
+
+
 def entry_of(receivers: list[dict], reader: common.Reader, wire: str) -> dict:
     """The receiver that is for this LLM. Raises UserError."""
     for entry in receivers:
@@ -615,6 +635,8 @@ def main() -> None:
     if args.eval_only:
         config_keys = ("receivers", *DEFAULTS, "metrics.train_seconds")
         saved_tensors, saved_config = common.load_wire(args.eval_only, STAGE, config_keys, NEEDED)
+    joining = args.stage2 if args.eval_only and args.stage2 else []  # receivers that join a trained wire
+    args.stage2 = None if args.eval_only else args.stage2
     common.settle_arguments(args, DEFAULTS, saved_config)
     args.wire_carries = args.wire_carries or "prompt"
     if saved_config:
@@ -626,28 +648,23 @@ def main() -> None:
         f"device {device.type} ({device_reason}), dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
         flush=True,
     )
-    tensors, receivers, readers, stage2_sha256 = dict(saved_tensors), [], [], []
+    tensors, receivers = dict(saved_tensors), list(saved_config["receivers"]) if saved_config else []
     if args.eval_only:
-        receivers = saved_config["receivers"]
-        readers = [common.load_reader(name, device, dtype) for name in [args.model] if name]
-        readers = readers or [common.load_reader(entry["model"], device, dtype) for entry in receivers]
+        new, _ = add_receivers(joining, tensors, receivers)
+        args.stage2 += joining
+        names = [args.model] if args.model else [entry["model"] for entry in new or receivers]
+        readers = [common.load_reader(name, device, dtype) for name in names]
         chosen = [entry_of(receivers, reader, args.eval_only) for reader in readers]
     else:
-        for number, name in enumerate(args.stage2):
-            where = common.HERE / name if name in STAGE2 else Path(name)
-            keys = ("adapter", "code_dim", "without")
-            own, config = common.load_wire(str(where), "stage2", keys, ("mean", "components", "prefix_codes"))
-            stage2_sha256.append(hashlib.sha256((where / "wire.safetensors").read_bytes()).hexdigest())
-            readers.append(common.load_reader(config["model"], device, dtype))
-            common.check_fingerprint(readers[-1], config, name)
-            entry = {"model": config["model"], "fingerprint": config["fingerprint"], "prefix": f"receiver{number}."}
-            receivers.append(entry | {"adapter": config["adapter"], "code_dim": config["code_dim"], "stage2": name})
-            tensors |= {entry["prefix"] + part: tensor for part, tensor in own.items()}
-            if number == 0:
-                if config["adapter"] != "codebook":
-                    raise common.UserError(f"{name} has a {config['adapter']} adapter: a sender needs a codebook")
-                tensors |= spelling_tensors(pieces_of(readers[0]))
-        chosen = receivers
+        chosen, stage2_sha256 = add_receivers(args.stage2, tensors, receivers)
+        readers = [common.load_reader(entry["model"], device, dtype) for entry in receivers]
+        for entry, reader in zip(receivers, readers, strict=True):
+            common.check_fingerprint(reader, entry, entry["stage2"])
+        if receivers[0]["adapter"] != "codebook":
+            raise common.UserError(
+                f"{args.stage2[0]} has a {receivers[0]['adapter']} adapter: a sender needs a codebook"
+            )
+        tensors |= spelling_tensors(pieces_of(readers[0]))
         if args.model:  # one receiver is measured; what is trained does not depend on it
             chosen = [entry_of(receivers, common.load_reader(args.model, device, dtype), "--stage2")]
     datas = [common.load_data(args.data, reader, args.eval_examples) for reader in readers]
@@ -758,7 +775,7 @@ def main() -> None:
     # evaluation: each receiver from the same messages, on test passages whose names were never seen
     results = []
     for reader, data in reversed(list(zip(readers, datas, strict=True))):  # the sender's own LLM is the last line
-        entry = entry_of(receivers, reader, "--stage2")
+        entry = entry_of(receivers, reader, args.eval_only or "--stage2")
         if entry not in chosen:
             continue
         print(f"evaluating {reader.name} on {len(data.test)} test rows, the wire carries the {args.wire_carries}")

@@ -104,8 +104,9 @@ def stage3(shared: str) -> dict[str, list[str]]:
     for seed in (0, 1, 2):
         runs[f"seed{seed}"] = ["--seed", str(seed)]
         runs[f"seed{seed}-context"] = ["--eval-only", f"out/results/stage3/seed{seed}", "--wire-carries", "context"]
-    for without in ("copies", "context", "prediction"):
+    for without in ("copies", "context"):
         runs[f"without-{without}"] = ["--model", "tiny", "--without", without]
+    runs["without-prediction"] = ["--model", "tiny", "--without", "prediction", "--steps", "1"]  # learns nothing
     runs["one-receiver"] = ["--stage2", "tiny/wires/stage2"]
     for name in HARDER:
         file = f"out/results/harder-{name}.jsonl"

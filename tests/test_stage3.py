@@ -16,6 +16,7 @@ import torch
 from conftest import HERE, run_stage
 
 import common
+import stage1_pca_adapter as stage1
 import stage2_encoder as stage2
 import stage3_full as stage3
 
@@ -345,17 +346,21 @@ def test_every_ablation_runs_and_its_messages_are_read(without, tmp_path):
 
 
 def test_a_third_llm_joins_with_a_stage2_wire(tmp_path, random_llm):
-    """Its wires are trained as the README says; the sender and the messages stay."""
-    stage1 = run_stage(sys.modules.get("stage1_pca_adapter") or __import__("stage1_pca_adapter"), "--model", random_llm,
-                       "--smoke", "--code-dim", "8", "--out", tmp_path / "1")  # fmt: skip
-    assert stage1.code == 0, stage1.stderr
-    two = run_stage(stage2, "--model", random_llm, "--stage1", tmp_path / "1", "--smoke", "--out", tmp_path / "2")
-    assert two.code == 0, two.stderr
-    three = run_stage(
-        stage3, *QUICK, "--stage2", "tiny/wires/stage2", tmp_path / "2", "--model", random_llm, "--out", tmp_path / "3"
+    """Its stages 1 and 2 are trained; the sender and its messages stay."""
+    flags = ("--model", random_llm, "--smoke")
+    assert run_stage(stage1, *flags, "--code-dim", "8", "--out", tmp_path / "1").code == 0
+    assert run_stage(stage2, *flags, "--stage1", tmp_path / "1", "--out", tmp_path / "2").code == 0
+    joined = run_stage(
+        stage3, "--eval-only", SHIPPED, "--stage2", tmp_path / "2", "--eval-examples", "8", "--out", tmp_path / "3"
     )
-    assert three.code == 0, three.stderr
-    assert three.result["wire_bytes"] > 0 and three.result["positions"] > 0
+    assert joined.code == 0, joined.stderr
+    assert joined.result["model"] == str(random_llm) and joined.result["positions"] > 0
+    send = (sys.executable, HERE / "stage3_full.py", "--send", PASSAGE, "--question", "What?", "--wire", SHIPPED)
+    (tmp_path / "message").write_bytes(subprocess.run(send, capture_output=True, check=True).stdout)
+    run = run_stage(stage3, "--receive", tmp_path / "message", "--wire", tmp_path / "3", "--model", random_llm)
+    assert run.code == 0, run.stderr
+    twice = run_stage(stage3, "--eval-only", SHIPPED, "--stage2", "tiny/wires/stage2", "--out", tmp_path / "4")
+    assert twice.code == 2 and "there is a receiver for tiny already" in twice.stderr
 
 
 def test_plain_text_and_a_row_with_nothing_in_it(tmp_path):
