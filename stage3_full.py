@@ -684,7 +684,8 @@ def main() -> None:
                 raise common.UserError(
                     f"--data {args.data}: a prompt has {size} bytes, and a message holds {MAX_TEXT}: cut the passages"
                 )
-    run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
+    aside = ("out", "resume", "eval_only", "send", "receive", "wire", "question")
+    run_arguments = {key: value for key, value in vars(args).items() if key not in aside}
     checkpoint_path = Path(args.out) / "checkpoint.pt"
     resumed = None
     if args.resume:
