@@ -810,20 +810,23 @@ def make_batch(reader: Reader, rows: list[dict]) -> Batch:
     return Batch(*(tensor.to(reader.device) for tensor in (ids, attention, sent, labels)))
 
 
-def answer_logits(reader: Reader, batch: Batch, embeddings: Tensor) -> Tensor:
+def answer_logits(reader: Reader, batch: Batch, embeddings: Tensor, states: bool = False) -> Tensor | tuple:
     """Logits [targets, V] in float32 at the labelled positions of a batch, from inputs_embeds [B, T, d].
 
     Only columns with a label meet the output matrix: at V = 128k the others would be most of the memory.
+    With `states`, (logits, what each layer of the LLM makes of the batch: [B, T, d] each).
     """
     labelled = batch.labels != IGNORE  # [B, T]
     columns = labelled.any(0).nonzero()[:, 0]
-    logits = reader.model(
+    output = reader.model(
         inputs_embeds=embeddings.to(reader.dtype),
         attention_mask=batch.attention,
         use_cache=False,
         logits_to_keep=columns,
-    ).logits  # [B, columns, V]
-    return logits[labelled[:, columns]].float()
+        output_hidden_states=states,
+    )
+    logits = output.logits[labelled[:, columns]].float()  # of [B, columns, V]
+    return (logits, output.hidden_states[1:]) if states else logits
 
 
 Send = Callable[[Prompt], bytes]  # prompt -> message

@@ -36,6 +36,7 @@ import struct
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import stage2_encoder as stage2
@@ -53,6 +55,7 @@ SHIPPED = "tiny/wires/stage3"
 STAGE2 = ("tiny/wires/stage2", "tiny/wires/stage2-qwen")
 CARRIES = ("prompt", "context")
 ABLATIONS = ("copies", "context", "prediction")
+RECEIVERS = ("unpack", "direct")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # arguments
@@ -71,17 +74,44 @@ def parse_arguments():
         "--wire-carries", choices=CARRIES, help="what travels: the whole prompt, or all but the question"
     )
     parser.add_argument("--without", choices=ABLATIONS, help="an ablation: leave this out of the predictor")
+    parser.add_argument(
+        "--receiver",
+        choices=RECEIVERS,
+        default="unpack",
+        help="what the LLM reads of a context: every token, or fewer positions; 'direct' is trained on top of --wire, "
+        "for --model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rate", type=common.positive_float, help="of a direct receiver: tokens of a context a position (default: 2)"
+    )
     parser.add_argument("--send", metavar="TEXT|FILE", help="write the message of a text to standard output; no LLM")
     parser.add_argument(
         "--receive", metavar="FILE", help="print what --model answers to a message ('-': standard input)"
     )
     parser.add_argument("--question", help="to ask about a context that travels, or to send with one")
-    parser.add_argument("--wire", metavar="WIRE_DIR", help=f"for --send and --receive; default: {SHIPPED}")
+    parser.add_argument(
+        "--wire", metavar="WIRE_DIR", help=f"for --send, --receive and --receiver direct; default: {SHIPPED}"
+    )
     args = common.finish_arguments(parser)
     if args.send is not None and args.receive is not None:
         parser.error("--send and --receive are two processes: give one of them")
-    if args.wire and args.send is None and args.receive is None:
-        parser.error("--wire belongs to --send and --receive; a trained wire is evaluated with --eval-only")
+    direct, once = args.receiver == "direct", args.send is not None or args.receive is not None
+    if args.wire and not once and (args.eval_only or not direct):
+        parser.error("--wire belongs to --send, --receive and the training of a --receiver direct; see --eval-only")
+    if args.rate is not None and not direct:
+        parser.error("--rate belongs to --receiver direct")
+    if args.rate is not None and not 1 <= args.rate <= 64:
+        parser.error(f"argument --rate: must be from 1 to 64 tokens a position, not {args.rate:g}")
+    if direct and args.send is not None:
+        parser.error("--receiver direct is the receiver's affair: the message is the same; drop it from --send")
+    if direct and args.wire_carries == "prompt":
+        parser.error("--receiver direct reads contexts, with the question as text: use --wire-carries context")
+    if direct and args.stage2:
+        parser.error("--receiver direct is trained on top of a stage-3 wire: give --wire, not --stage2")
+    if direct and args.without:
+        parser.error("--without is about the predictor, which --receiver direct leaves as it is")
+    if direct:
+        args.rate, args.wire_carries = args.rate or 2.0, "context"
     if args.question and args.send is None and args.receive is None:
         parser.error("--question belongs to --send and --receive")
     return args
@@ -408,21 +438,33 @@ class Codec:
             lists.append(ids)
         return lists
 
+    def intervals(self, ids: list[int]) -> list[tuple[int, int, int]]:
+        """What the predictor gives each latent: the interval [start, end) of a total."""
+        contexts, copies, seen = features(ids, len(self.pieces), self.without)
+        intervals = []
+        for at in range(0, len(ids), 512):
+            part = slice(at, at + 512)
+            ends = self.predictor.frequencies(contexts[part], copies[part], seen[part]).cumsum(1)
+            for row, index in zip(ends, ids[part], strict=True):
+                intervals.append((int(row[index - 1]) if index else 0, int(row[index]), int(row[-1])))
+        return intervals
+
+    def surprisal(self, text: str) -> np.ndarray:
+        """What each byte of a text costs in a message, in nats [N]: a latent's cost, shared by the bytes it spells."""
+        ids = self.latents([text])[0] if text else []
+        lengths = np.array([len(self.pieces[index]) for index in ids], dtype=int)
+        nats = np.array([math.log(total / (end - start)) for start, end, total in self.intervals(ids)])
+        return np.repeat(nats / lengths, lengths)
+
     def send(self, text: str, carries: str) -> bytes:
         """Text -> message. Raises UserError for half a surrogate pair and for more than MAX_TEXT bytes."""
         if len(text) > MAX_TEXT or len(text.encode(errors="replace")) > MAX_TEXT:
             raise common.UserError(f"the text is longer than the {MAX_TEXT} bytes that a message may hold: cut it")
         if (text, carries) in self.sent:
             return self.sent[text, carries]
-        ids, intervals = self.latents([text])[0] if text else [], []
-        contexts, copies, seen = features(ids, len(self.pieces), self.without)
-        for at in range(0, len(ids), 512):
-            part = slice(at, at + 512)
-            ends = self.predictor.frequencies(contexts[part], copies[part], seen[part]).cumsum(1)
-            for row, index in zip(ends, ids[part], strict=True):
-                intervals.append((int(row[index - 1]) if index else 0, int(row[index]), int(row[-1])))
+        ids = self.latents([text])[0] if text else []
         deflated = pack(Message(carries, 0, zlib.compress(text.encode(), 9)), self.fingerprint)
-        coded = pack(Message(carries, len(ids), to_bits(intervals)), self.fingerprint) if ids else deflated
+        coded = pack(Message(carries, len(ids), to_bits(self.intervals(ids))), self.fingerprint) if ids else deflated
         if len(self.sent) >= 4096:
             self.sent.clear()
         self.sent[text, carries] = min(coded, deflated, key=len)
@@ -516,6 +558,158 @@ class Wire:
         return self.receiver.receive(self.receiver.send(common.Prompt(text, [], False)))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# a direct receiver: its LLM reads one position where a context has several tokens
+
+
+class Pooler(nn.Module):
+    """Embeddings of a context -> what the LLM reads at the positions that stay. Untrained, the others are just gone."""
+
+    WIDTH, KERNEL, LAYERS = 128, 5, 4
+
+    def __init__(self, d: int, rms: float):
+        super().__init__()
+        C = self.WIDTH
+        self.rms = rms  # of the LLM's embeddings
+        self.inner = nn.Linear(d, C)
+        self.stays = nn.Embedding(2, C)
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(self.LAYERS))
+        self.convolutions = nn.ModuleList(nn.Conv1d(C, 2 * C, self.KERNEL, padding="same") for _ in range(self.LAYERS))
+        self.out = nn.Linear(C, d)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, embeddings: Tensor, stays: Tensor, real: Tensor) -> Tensor:
+        """embeddings [B,T,d]; stays [B,T] bool; real [B,T] bool, False on padding. Returns [B,T,d]."""
+        x = (self.inner(embeddings / self.rms) + self.stays(stays.long())) * real[..., None]
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            y = convolution((norm(x) * real[..., None]).transpose(1, 2)).transpose(1, 2)
+            x = x + F.glu(y, -1) * real[..., None]
+        return embeddings + self.rms * self.out(x)
+
+
+@dataclass
+class Reading:
+    """A prompt as an unpacking receiver reads it, and what a direct one must know of it."""
+
+    embeddings: Tensor  # [L,d]
+    first: int  # token of the context
+    last: int  # and the first behind it
+    nats: Tensor  # [last-first] what each token of the context costs in a message
+
+    def stays(self, rate: float) -> Tensor:
+        """Bool [last-first]: positions go where the bits went. The most surprising token of every `rate` stays."""
+        chosen = torch.zeros(len(self.nats), dtype=torch.bool)
+        order = self.nats.argsort(descending=True, stable=True)
+        chosen[order[: math.ceil(len(order) / rate)]] = True
+        return chosen.to(self.embeddings.device)
+
+
+class DirectWire(Wire):
+    """A receiver whose LLM reads ceil(n / rate) positions where the context has n tokens, and the question as text."""
+
+    def __init__(self, codec: Codec, receiver: stage2.Wire, pooler: Pooler, rate: float):
+        super().__init__(codec, receiver, "context")
+        self.pooler, self.rate = pooler, rate
+
+    @torch.no_grad()
+    def read(self, context: str, question: str) -> Reading:
+        """What unpacking gives: the embeddings of the prompt, and which of them are the context's."""
+        receiver = self.receiver
+        text = common.as_prompt(receiver.reader, common.PROMPT.format(context=context, question=question))
+        at = max(0, text.find(common.PROMPT.split("{question}")[0].format(context=context)))
+        spell = receiver.reader.spelling.spell
+        begin, end = (len(spell(part).encode()) if part else 0 for part in (text[:at], text[: at + len(context)]))
+        ends, codes = receiver.segment(spell(text))
+        room, prefix = receiver.reader.prompt_tokens - len(receiver.prefix_codes), receiver.prefix_codes
+        ends, codes = ends[-room:].cpu().numpy(), codes[-room:]
+        embeddings = receiver.adapter(torch.cat([prefix, codes]).half().float(), receiver.constant_rms)
+        first, last = np.searchsorted(ends, (begin, end), side="right")  # tokens that end within the context
+        total = np.concatenate([[0.0], self.codec.surprisal(context).cumsum()])
+        places = np.clip(np.concatenate([[begin], ends[first:last]]) - begin, 0, len(total) - 1)
+        nats = torch.from_numpy(np.diff(total[places]).astype(np.float32))
+        return Reading(embeddings, len(prefix) + int(first), len(prefix) + int(last), nats)
+
+    def shorten(self, readings: list[Reading], rates: list[float]) -> tuple[list[Tensor], list[Tensor]]:
+        """For each prompt: (embeddings [L',d], which of its L positions they stand at [L'])."""
+        pad = nn.utils.rnn.pad_sequence
+        stays = [reading.stays(rate) for reading, rate in zip(readings, rates, strict=True)]
+        contexts = [reading.embeddings[reading.first : reading.last] for reading in readings]
+        real = pad([torch.ones_like(part) for part in stays], batch_first=True)
+        pooled = self.pooler(pad(contexts, batch_first=True), pad(stays, batch_first=True), real)
+        parts, places = [], []
+        for reading, chosen, new in zip(readings, stays, pooled, strict=True):
+            e, first, last = reading.embeddings, reading.first, reading.last
+            parts.append(torch.cat([e[:first], new[: len(chosen)][chosen], e[last:]]))
+            every = torch.ones(len(e), dtype=torch.bool, device=e.device)
+            every[first:last] = chosen
+            places.append(every.nonzero()[:, 0])
+        return parts, places
+
+    @torch.no_grad()
+    def embeddings(self, message: bytes, question: str | None) -> Tensor:
+        """Message [bytes] and question -> [L',d]. Raises UserError."""
+        text, carries = self.codec.text(message)
+        if carries == "prompt" or question is None:
+            raise common.UserError("a direct receiver needs a message with a context, and a --question")
+        reading = self.read(text, question)
+        if reading.first == reading.last:
+            return reading.embeddings
+        return self.shorten([reading], [self.rate])[0][0]
+
+
+def direct_losses(
+    wire: DirectWire, rows: list[dict], rates: list[float], micro_batch_size: int
+) -> Iterator[list[Tensor]]:
+    """For each micro-batch [cross-entropy of the answer, KL from the teacher, error of the LLM's states]; scalars.
+
+    The teacher is the same LLM behind the unpacking receiver, which reads every token. So the targets are known: at
+    every layer, the states where a token stays, and behind the context, are the teacher's at that token. The error is
+    |mine - theirs|^2 / |theirs|^2, its mean over layers and positions. All three by the number in the whole step.
+    """
+    reader = wire.receiver.reader
+    prompts = [common.sent_prompt(reader, row) for row in rows]
+    readings = [wire.read(prompt.context, prompt.question) for prompt in prompts]
+    batches = [slice(at, at + micro_batch_size) for at in range(0, len(rows), micro_batch_size)]
+    targets = positions = 0
+    for part in batches:
+        batch = common.make_batch(reader, rows[part])
+        targets += int((batch.labels != common.IGNORE).sum())
+        positions += int(batch.attention.sum() - batch.sent.sum())
+    for reading, rate in zip(readings, rates, strict=True):
+        positions += math.ceil(len(reading.nats) / rate) + len(reading.embeddings) - reading.last
+    for part in batches:
+        batch = common.make_batch(reader, rows[part])
+        shorter, places = wire.shorten(readings[part], rates[part])
+        with torch.no_grad():
+            whole, embeddings = common.splice(reader, batch, [reading.embeddings for reading in readings[part]])
+            taught, theirs = common.answer_logits(reader, whole, embeddings, states=True)
+        spliced, embeddings = common.splice(reader, batch, shorter)
+        logits, mine = common.answer_logits(reader, spliced, embeddings, states=True)
+        labels = spliced.labels[spliced.labels != common.IGNORE]
+        ce = F.cross_entropy(logits, labels, reduction="sum")
+        kl = F.kl_div(logits.log_softmax(-1), taught.log_softmax(-1), log_target=True, reduction="sum")
+        at = torch.zeros_like(spliced.attention, dtype=torch.bool)  # [B,L'] whose states have a target
+        there = torch.zeros_like(whole.attention, dtype=torch.bool)  # [B,L] where it is
+        for i, (reading, place) in enumerate(zip(readings[part], places, strict=True)):
+            answer = torch.arange(len(reading.embeddings), int(whole.attention[i].sum()), device=place.device)
+            place = torch.cat([place, answer])
+            at[i, reading.first : len(place)] = True
+            there[i, place[reading.first :]] = True
+        error = torch.zeros((), device=at.device)
+        for x, y in zip(mine, theirs, strict=True):
+            x, y = x[at].float(), y[there].float()
+            error = error + ((x - y).square().sum(1) / y.square().sum(1)).sum() / len(mine)
+        yield [ce / targets, kl / targets, error / positions]
+
+
+def load_pooler(pooler: Pooler, tensors: dict[str, Tensor], entry: dict, wire: str) -> None:
+    """The trained weights of a direct receiver. Raises UserError."""
+    if "direct" not in entry:
+        raise common.UserError(f"{wire} has no direct receiver for {entry['model']}: train one with --receiver direct")
+    common.load_module(pooler, entry["prefix"] + "pooler.", tensors, wire)
+
+
 def load_receiver(tensors: dict[str, Tensor], entry: dict, reader: common.Reader, wire: str) -> stage2.Wire:
     """The stage-2 wire that is in a stage-3 wire under a prefix, for a reader. Raises UserError."""
     own = {n.removeprefix(entry["prefix"]): t for n, t in tensors.items() if n.startswith(entry["prefix"])}
@@ -575,8 +769,13 @@ def receive_once(args) -> None:
     codec.text(message)  # refused before an LLM is loaded
     device, _ = common.pick_device(args.device)
     reader = common.load_reader(args.model or config["model"], device, common.pick_dtype(args.dtype, device)[0])
-    receiver = load_receiver(tensors, entry_of(config["receivers"], reader, name), reader, name)
+    entry = entry_of(config["receivers"], reader, name)
+    receiver = load_receiver(tensors, entry, reader, name)
     wire = Wire(codec, receiver, codec.text(message)[1])
+    if args.receiver == "direct":
+        pooler = Pooler(reader.table.shape[1], receiver.constant_rms.item()).to(device)
+        load_pooler(pooler, tensors, entry, name)
+        wire = DirectWire(codec, receiver, pooler, args.rate)
     print(common.generate(reader, [message], 1, lambda data: wire.embeddings(data, args.question))[0])
 
 
@@ -606,13 +805,45 @@ def entry_of(receivers: list[dict], reader: common.Reader, wire: str) -> dict:
     raise common.UserError(f"{wire} has no receiver for {reader.name}, only for {names}: train a stage-2 wire for it")
 
 
-def step_losses(predictor: Predictor, lists: list[list[int]], without: str | None, positions: int) -> Tensor:
-    """Cross-entropy (scalar, nats) of the index that comes next, summed and divided by the step's positions."""
-    device = predictor.embedding.weight.device
-    parts = [features(ids, predictor.vocabulary, without) for ids in lists]
-    contexts, copies, seen = (torch.from_numpy(np.concatenate(part)).to(device) for part in zip(*parts, strict=True))
-    targets = torch.tensor([index for ids in lists for index in ids], device=device)
-    return F.cross_entropy(predictor(contexts, copies, seen), targets, reduction="sum") / positions
+def index_losses(
+    predictor: Predictor, lists: list[list[int]], without: str | None, micro_batch_size: int
+) -> Iterator[list[Tensor]]:
+    """For each micro-batch [cross-entropy (scalar, nats) of the index that comes next, by the step's positions]."""
+    device, positions = predictor.embedding.weight.device, sum(map(len, lists))
+    for at in range(0, len(lists), micro_batch_size):
+        part = lists[at : at + micro_batch_size]
+        seen = [features(ids, predictor.vocabulary, without) for ids in part]
+        inputs = (torch.from_numpy(np.concatenate(arrays)).to(device) for arrays in zip(*seen, strict=True))
+        targets = torch.tensor([index for ids in part for index in ids], device=device)
+        yield [F.cross_entropy(predictor(*inputs), targets, reduction="sum") / positions]
+
+
+@torch.inference_mode()
+def prefill_cost(wire: Wire, messages: list[bytes], questions: list[str]) -> dict[str, float]:
+    """What the LLM does and keeps before its first token; means over messages, one at a time.
+
+    FLOPs (the pooler's too), bytes of keys and values, and milliseconds (median) from an unpacked text to that token.
+    """
+    model, dtype = wire.receiver.reader.model, wire.receiver.reader.dtype
+
+    def first_token(message: bytes, question: str):
+        embeddings = wire.embeddings(message, question)
+        output = model(inputs_embeds=embeddings[None].to(dtype), use_cache=True, logits_to_keep=1)
+        return len(embeddings), output.logits[0, -1].argmax().item(), output.past_key_values
+
+    flops = kept = positions = 0
+    seconds = []
+    for message, question in zip(messages, questions, strict=True):
+        wire.codec.text(message)  # from here on it is unpacked
+        with FlopCounterMode(display=False) as counter:
+            length, _, cache = first_token(message, question)
+        flops, positions = flops + counter.get_total_flops(), positions + length
+        kept += sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+        started = time.perf_counter()
+        first_token(message, question)
+        seconds.append(time.perf_counter() - started)
+    n = len(messages)
+    return {"positions": positions / n, "flops": flops / n, "kv_bytes": kept / n, "ms": 1e3 * float(np.median(seconds))}
 
 
 @torch.inference_mode()
@@ -632,14 +863,16 @@ def main() -> None:
     if args.receive is not None:
         return receive_once(args)
     saved_tensors, saved_config = {}, None
-    if args.eval_only:
-        config_keys = ("receivers", *DEFAULTS, "metrics.train_seconds")
-        saved_tensors, saved_config = common.load_wire(args.eval_only, STAGE, config_keys, NEEDED)
+    direct = args.receiver == "direct"
+    base = args.eval_only or (args.wire or str(common.HERE / SHIPPED) if direct else None)  # a trained stage-3 wire
+    if base:
+        config_keys = ("receivers", *DEFAULTS, "arguments.seed", "metrics.train_seconds")
+        saved_tensors, saved_config = common.load_wire(base, STAGE, config_keys, NEEDED)
     joining = args.stage2 if args.eval_only and args.stage2 else []  # receivers that join a trained wire
     args.stage2 = None if args.eval_only else args.stage2
     common.settle_arguments(args, DEFAULTS, saved_config)
     args.wire_carries = args.wire_carries or "prompt"
-    if saved_config:
+    if args.eval_only:
         args.seed = saved_config["arguments"]["seed"]
     device, device_reason = common.pick_device(args.device)
     common.seed_everything(args.seed, device)
@@ -649,12 +882,16 @@ def main() -> None:
         flush=True,
     )
     tensors, receivers = dict(saved_tensors), list(saved_config["receivers"]) if saved_config else []
-    if args.eval_only:
+    if base:
         new, _ = add_receivers(joining, tensors, receivers)
         args.stage2 += joining
         names = [args.model] if args.model else [entry["model"] for entry in new or receivers]
+        if direct:  # one LLM at a time; the sender's own, or the only one that has been trained
+            able = [entry["model"] for entry in receivers if "direct" in entry]
+            names = [args.model or (able[0] if args.eval_only and able else receivers[0]["model"])]
         readers = [common.load_reader(name, device, dtype) for name in names]
-        chosen = [entry_of(receivers, reader, args.eval_only) for reader in readers]
+        chosen = [entry_of(receivers, reader, base) for reader in readers]
+        stage2_sha256 = hashlib.sha256((Path(base) / "wire.safetensors").read_bytes()).hexdigest()  # what it stands on
     else:
         chosen, stage2_sha256 = add_receivers(args.stage2, tensors, receivers)
         readers = [common.load_reader(entry["model"], device, dtype) for entry in receivers]
@@ -672,7 +909,8 @@ def main() -> None:
         common.check_questions(reader, data)
         if data.kind == "text":
             if args.wire_carries == "context":
-                raise common.UserError(f"--data {args.data}: plain text has no questions; use --wire-carries prompt")
+                instead = "a direct receiver" if direct else "use --wire-carries prompt, not context"
+                raise common.UserError(f"--data {args.data}: plain text has no questions for {instead}")
             data.train, data.validation, data.test = (
                 stage2.halve(reader, part) for part in (data.train, data.validation, data.test)
             )
@@ -704,25 +942,32 @@ def main() -> None:
     codec = Codec(tensors, args.without, device)
     vocabulary = len(codec.pieces)
     predictor = Predictor(vocabulary).to(device)
+    trained, what = predictor, "predictor"
+    if direct:
+        receiver = load_receiver(tensors, chosen[0], readers[0], base)
+        d = readers[0].table.shape[1]
+        pooler = Pooler(d, receiver.constant_rms.item()).to(device)
+        direct_wire = DirectWire(codec, receiver, pooler, args.rate)
+        trained, what = pooler, "pooler"
+        if args.eval_only:
+            load_pooler(pooler, tensors, chosen[0], base)
     out = common.open_out(args.out)
-    print(f"predictor: {sum(p.numel() for p in predictor.parameters()):,} trained parameters", flush=True)
+    print(f"{what}: {sum(p.numel() for p in trained.parameters()):,} trained parameters", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # training
     history: list[dict] = []
     steps = 0 if args.eval_only else args.steps
     step, train_seconds = 0, 0.0
-    optimizer = torch.optim.AdamW(predictor.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     if resumed:
-        predictor.load_state_dict(resumed["predictor"])
+        trained.load_state_dict(resumed["trained"])
         optimizer.load_state_dict(resumed["optimizer"])
         step, train_seconds, history = resumed["step"], resumed["train_seconds"], resumed["history"]
         print(f"resumed at step {step}", flush=True)
     else:
         checkpoint_path.unlink(missing_ok=True)  # of an older run: this one must not be taken for it
     common.write_jsonl(out / "metrics.jsonl", history)
-    accumulation = args.batch_size // args.micro_batch_size
-    assert accumulation * args.micro_batch_size == args.batch_size, (args.batch_size, args.micro_batch_size)
     progress = common.Progress(steps, step)
     good_step, started = step, time.perf_counter() - train_seconds
     while step < steps:
@@ -732,18 +977,21 @@ def main() -> None:
             group["lr"] = args.lr * scale
         rows = datas[0].train_rows(args.seed, step * args.batch_size, args.batch_size)
         rng = random.Random(f"{args.seed}-{step}")
-        texts = [plain(common.sent_prompt(readers[0], row)) for row in rows]
-        # one text in eight is one that no prompt would hold, so that such a text is not much larger than it was
-        texts = [stage2.odd_text(rng, text, readers[0]) if i % 8 == 7 else text for i, text in enumerate(texts)]
-        lists = codec.latents(texts)
-        positions = sum(map(len, lists))
-        loss = 0.0
-        for i in range(accumulation):
-            part = lists[i * args.micro_batch_size : (i + 1) * args.micro_batch_size]
-            share = step_losses(predictor, part, args.without, positions)
-            share.backward()
-            loss += share.item()
-        norm = torch.nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
+        if direct:
+            # every rate between 1 and the highest, which comes to --rate in the first third of the steps
+            top = 1 + (args.rate - 1) * min(1.0, 0.1 + 3 * step / steps)
+            losses = direct_losses(direct_wire, rows, [rng.uniform(1, top) for _ in rows], args.micro_batch_size)
+        else:
+            texts = [plain(common.sent_prompt(readers[0], row)) for row in rows]
+            # one text in eight is one that no prompt would hold, so that such a text is not much larger than it was
+            texts = [stage2.odd_text(rng, text, readers[0]) if i % 8 == 7 else text for i, text in enumerate(texts)]
+            losses = index_losses(predictor, codec.latents(texts), args.without, args.micro_batch_size)
+        parts = 0.0
+        for share in losses:  # of a micro-batch each; the step's loss is their sum
+            sum(share).backward()
+            parts = parts + torch.stack(share).detach()
+        loss = parts.sum().item()
+        norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         if not math.isfinite(loss + norm.item()):
             kept = f"the checkpoint of step {good_step} is kept" if good_step else "there is no checkpoint yet"
             raise common.UserError(
@@ -754,36 +1002,43 @@ def main() -> None:
         step += 1
         train_seconds = time.perf_counter() - started
         if step % 10 == 0 or step in (1, steps):
-            history.append(common.rounded({"step": step, "lr": args.lr * scale, "loss_index": loss}))
+            named = zip(("answer", "kl", "states") if direct else ("index",), parts.tolist(), strict=True)
+            losses = {f"loss_{name}": value for name, value in named}
+            history.append(common.rounded({"step": step, "lr": args.lr * scale} | losses))
             common.append_jsonl(out / "metrics.jsonl", history[-1] | {"seconds": round(train_seconds, 1)})
-        progress.show(step, f"nats a latent {loss:.3f}")
+        progress.show(step, f"loss {loss:.3f}" if direct else f"nats a latent {loss:.3f}")
         if step % max(1, steps // 4) == 0 or step == steps:
             common.save_checkpoint(
                 checkpoint_path,
                 {
-                    "predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                    "trained": trained.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                     "train_seconds": train_seconds, "history": history, "arguments": run_arguments,
                     "fingerprint": readers[0].fingerprint, "stage2_sha256": stage2_sha256,
                 },
             )  # fmt: skip
             good_step = step
-    if not args.eval_only:
+    if direct and not args.eval_only:
+        state = {f"{chosen[0]['prefix']}pooler.{name}": t.detach().cpu() for name, t in pooler.state_dict().items()}
+        tensors |= state
+        chosen[0]["direct"] = {"rate": args.rate, "steps": args.steps, "train_seconds": train_seconds}
+    elif not args.eval_only:
         whole = IntegerPredictor.tensors(predictor)
         tensors |= {f"sender.predictor.{name}": tensor for name, tensor in whole.items()}
-    codec = Codec(tensors, args.without, device)
+        codec = Codec(tensors, args.without, device)
 
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: each receiver from the same messages, on test passages whose names were never seen
     results = []
     for reader, data in reversed(list(zip(readers, datas, strict=True))):  # the sender's own LLM is the last line
-        entry = entry_of(receivers, reader, args.eval_only or "--stage2")
+        entry = entry_of(receivers, reader, base or "--stage2")
         if entry not in chosen:
             continue
         print(f"evaluating {reader.name} on {len(data.test)} test rows, the wire carries the {args.wire_carries}")
         eval_started = time.perf_counter()
         batch_size = 2 * args.micro_batch_size
-        receiver = load_receiver(tensors, entry, reader, args.eval_only or entry["stage2"])
-        wire = Wire(codec, receiver, args.wire_carries)
+        receiver = load_receiver(tensors, entry, reader, base or entry["stage2"])
+        unpacking = Wire(codec, receiver, args.wire_carries)
+        wire = direct_wire if direct else unpacking
         metrics, records = common.evaluate(reader, data, batch_size, wire.send, wire.receive)
         prompts = [common.sent_prompt(reader, row) for row in data.test]
         texts = [prompt.context if args.wire_carries == "context" else plain(prompt) for prompt in prompts]
@@ -799,11 +1054,11 @@ def main() -> None:
             ]
             answers = common.generate(reader, swapped, batch_size, wire.receive) if len(sent) > 1 else []
             metrics["shuffled_f1"] = common.score(answers, data.test)[0] if answers else None
-        trained = "".join(plain(common.sent_prompt(reader, row)) for row in data.train_rows(args.seed, 0, 200))
-        trained = trained.encode()[-32768:]
+        known = "".join(plain(common.sent_prompt(reader, row)) for row in data.train_rows(args.seed, 0, 200))
+        known = known.encode()[-32768:]
         deflated = 0
         for text in texts:
-            deflate = zlib.compressobj(9, zdict=trained)
+            deflate = zlib.compressobj(9, zdict=known)
             deflated += len(deflate.compress(text.encode()) + deflate.flush())
         truncated = []  # the baseline that is always there: send less of the text
         for share in (0.25, 0.5, 0.75) if data.kind == "qa" else ():
@@ -824,10 +1079,16 @@ def main() -> None:
             "zlib_dictionary_bytes": deflated / len(texts),
             "llm_bound_bytes": bytes_of_nll(reader, [prompt.ids for prompt in prompts], batch_size),
         }
+        if direct:
+            pairs = sent[:100], [prompt.question for prompt in prompts[:100]]
+            controls["prefill"] = {"direct": prefill_cost(wire, *pairs), "unpack": prefill_cost(unpacking, *pairs)}
+            controls["context_tokens"] = sum(len(ids) for ids in id_lists) / len(id_lists)
+        made = {"steps": args.steps, "train_seconds": train_seconds}
+        if args.eval_only:
+            made = entry["direct"] if direct else saved_config["arguments"] | saved_config["metrics"]
         metrics |= {
             "stage": STAGE, "model": entry["model"], "data": args.data, "seed": args.seed,
-            "steps": saved_config["arguments"]["steps"] if args.eval_only else args.steps,
-            "train_seconds": saved_config["metrics"]["train_seconds"] if args.eval_only else train_seconds,
+            "steps": made["steps"], "train_seconds": made["train_seconds"],
             "eval_seconds": time.perf_counter() - eval_started, "device": device.type,
             "dtype": str(dtype).removeprefix("torch."), "versions": common.versions(), "commit": common.commit(),
         }  # fmt: skip
@@ -839,16 +1100,25 @@ def main() -> None:
             ("zlib -9, dictionary", f"{controls['zlib_dictionary_bytes']:.0f}", "bytes, with 32 KB of training text"),
             ("this LLM's own prediction", f"{controls['llm_bound_bytes']:.1f}", "bytes, of its prompt; no frame"),
         ]  # fmt: skip
+        if direct:
+            for what, key in (("FLOPs", "flops"), ("bytes of keys and values", "kv_bytes")):
+                mine, theirs = (controls["prefill"][kind][key] for kind in ("direct", "unpack"))
+                extra.append((f"prefill: {what}", f"{mine:.3g}", f"unpacked {theirs:.3g}"))
+            mine, theirs = (controls["prefill"][kind]["ms"] for kind in ("direct", "unpack"))
+            extra.append(("from text to first token", f"{mine:.1f}", f"ms; unpacked {theirs:.1f}"))
         last = entry is results[-1][0]
         config = {
             "stage": STAGE, "model": entry["model"], "fingerprint": entry["fingerprint"], "receivers": receivers,
             "stage2": args.stage2, "without": args.without, "wire_carries": args.wire_carries, "data": args.data,
+            "receiver": args.receiver, "rate": args.rate,
             "arguments": saved_config["arguments"] if args.eval_only else run_arguments,
             "metrics": metrics, "controls": controls,
             "others": [{"metrics": m, "controls": c} for _, m, c, _ in results[:-1]] if last else [],
         }  # fmt: skip
         place = out if last else common.open_out(str(out / Path(entry["model"]).name))
         title = f"stage 3: {args.wire_carries} -> {controls['latents']:.0f} latents"
+        if direct:
+            title += f", read at {args.rate:g} tokens a position"
         common.finish_run(place, tensors if last else None, config, history, records, extra, title)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 import shutil
 import struct
@@ -386,3 +387,133 @@ def test_a_tampered_wire_is_refused(tmp_path):
     safetensors.torch.save_file(tensors, wire / "wire.safetensors")
     run = run_stage(stage3, "--send", "x", "--question", "y", "--wire", wire)
     assert run.code == 2 and "lacks sender.lengths" in run.stderr
+
+
+# --- a direct receiver
+
+
+@pytest.fixture(scope="module")
+def direct(codec):
+    """A direct receiver for tiny with a pooler that has not been trained: what does not stay is just gone."""
+    tensors, config = common.load_wire(str(SHIPPED), "stage3", ("receivers",), stage3.NEEDED)
+    reader = common.load_reader("tiny", torch.device("cpu"), torch.float32)
+    receiver = stage3.load_receiver(tensors, config["receivers"][0], reader, "shipped")
+    torch.manual_seed(0)
+    return stage3.DirectWire(codec, receiver, stage3.Pooler(192, receiver.constant_rms.item()), 2.0)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_surprisal_is_what_a_message_costs(codec, text):
+    nats = codec.surprisal(text)
+    assert len(nats) == len(text.encode()) and (nats >= 0).all()
+    message = stage3.unpack(codec.send(text, "context"), codec.fingerprint)
+    if message.latents:
+        assert abs(nats.sum() / math.log(2) / 8 - len(message.payload)) <= 2
+
+
+def test_the_most_surprising_tokens_stay():
+    reading = stage3.Reading(torch.zeros(9, 2), 2, 7, torch.tensor([1.0, 5.0, 1.0, 4.0, 1.0]))
+    assert reading.stays(1).all()
+    assert reading.stays(2).tolist() == [True, True, False, True, False]  # of equals, the first
+    assert reading.stays(4).tolist() == [False, True, False, True, False]
+    assert reading.stays(64).tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("context", (PASSAGE, PASSAGE * 3, "Hello Émile 😀 naïve", "\nQuestion: no", "", " "))
+def test_a_direct_receiver_reads_the_contexts_surprising_tokens_and_the_question(direct, codec, context):
+    message, question = codec.send(context, "context"), "What does Pergalan sell?"
+    whole = stage3.Wire(codec, direct.receiver, "context").embeddings(message, question)
+    reading = direct.read(context, question)
+    torch.testing.assert_close(reading.embeddings, whole, rtol=0, atol=0)
+    tokens = reading.last - reading.first
+    assert reading.first == 1 and (tokens > 0) == bool(context) and len(reading.nats) == tokens
+    if context:
+        true = len(direct.receiver.reader.tokenizer(context, add_special_tokens=False)["input_ids"])
+        assert abs(tokens - true) <= 1 + true // 20  # what the encoder finds, not what the tokenizer would
+        assert reading.nats.sum() == pytest.approx(codec.surprisal(context).sum(), rel=1e-4)
+    for rate in (1.0, 2.0, 4.0):
+        short = stage3.DirectWire(codec, direct.receiver, direct.pooler, rate).embeddings(message, question)
+        assert len(short) == len(whole) - tokens + math.ceil(tokens / rate)
+        behind = len(whole) - reading.last
+        assert torch.equal(short[:1], whole[:1]) and torch.equal(short[-behind:], whole[-behind:])
+        kept = whole[reading.first : reading.last][reading.stays(rate)] if context else whole[:0]
+        assert torch.equal(short[1 : len(short) - behind], kept)
+    with pytest.raises(common.UserError, match="needs a message with a context"):
+        direct.embeddings(codec.send(context or "x", "prompt"), None)
+
+
+def test_the_pooler_reads_its_own_context_alone(direct):
+    """What stands in the padding of a batch changes nothing."""
+    torch.manual_seed(1)
+    pooler = stage3.Pooler(192, 0.1)
+    torch.nn.init.normal_(pooler.out.weight)
+    x, stays = torch.randn(2, 12, 192), torch.rand(2, 12) < 0.5
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[0, 7:] = False
+    alone = pooler(x[:1, :7], stays[:1, :7], real[:1, :7])
+    torch.testing.assert_close(pooler(x, stays, real)[:1, :7], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone, x[:1, :7], atol=1e-2)
+
+
+def test_the_teacher_of_a_direct_receiver_is_the_unpacking_one(direct):
+    reader = direct.receiver.reader
+    rows = common.load_data("tiny", reader, 4).test
+    same = [part for part in stage3.direct_losses(direct, rows, [1.0] * 4, 4)]
+    assert len(same) == 1 and same[0][0] < 0.2  # every token stays: the reader answers, and there is nothing to learn
+    assert same[0][1].item() == pytest.approx(0, abs=1e-5) and same[0][2].item() == pytest.approx(0, abs=1e-8)
+    rates = [2.0, 3.0, 2.0, 4.0]
+    whole = torch.stack(next(iter(stage3.direct_losses(direct, rows, rates, 4))))
+    parts = sum(torch.stack(part) for part in stage3.direct_losses(direct, rows, rates, 1))
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+    assert whole.min() > 0.01
+    whole.sum().backward()
+    assert all(p.grad is None for p in reader.model.parameters())
+    assert direct.pooler.out.weight.grad.abs().sum() > 0
+
+
+def test_a_direct_receiver_is_trained_resumed_and_used(tmp_path, monkeypatch, codec, random_llm):
+    flags = ("--receiver", "direct", "--rate", "3", *QUICK)
+    whole = run_stage(stage3, *flags, "--out", tmp_path / "whole")
+    assert whole.code == 0, whole.stderr
+    save = common.save_checkpoint
+
+    def save_then_stop(path, payload):
+        save(path, payload)
+        if payload["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_checkpoint", save_then_stop)
+    assert run_stage(stage3, *flags, "--out", tmp_path / "broken").code == 130
+    monkeypatch.setattr(common, "save_checkpoint", save)
+    assert run_stage(stage3, *flags, "--resume", "--out", tmp_path / "broken").code == 0
+    wires = [safetensors.torch.load_file(tmp_path / n / "wire.safetensors") for n in ("whole", "broken")]
+    assert all(torch.equal(wires[0][name], wires[1][name]) for name in wires[0] | wires[1])
+    shipped = safetensors.torch.load_file(SHIPPED / "wire.safetensors")
+    assert all(torch.equal(shipped[name], wires[0][name]) for name in shipped)  # the sender and the rest stay
+    assert wires[0]["receiver0.pooler.out.weight"].any()
+    again = run_stage(
+        stage3, "--eval-only", tmp_path / "whole", "--receiver", "direct", "--rate", "3", "--eval-examples", "8",
+        "--out", tmp_path / "again",
+    )  # fmt: skip
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert again.code == 0 and again.result["nll_wire"] == whole.result["nll_wire"] == config["metrics"]["nll_wire"]
+    assert again.result["positions"] < 0.7 * again.result["text_positions"]
+    cost = config["controls"]["prefill"]
+    assert cost["direct"]["kv_bytes"] / cost["direct"]["positions"] == 2 * 5 * 192 * 4  # keys, values x layers x d x 4
+    assert cost["unpack"]["kv_bytes"] / cost["unpack"]["positions"] == 2 * 5 * 192 * 4
+    (tmp_path / "message").write_bytes(codec.send(PASSAGE, "context"))
+    receive = ("--receive", tmp_path / "message", "--question", "What does Pergalan sell?", "--receiver", "direct")
+    assert run_stage(stage3, *receive, "--wire", tmp_path / "whole").stdout.strip()
+    for more, words in (
+        (receive, "has no direct receiver for tiny"),
+        (("--receiver", "direct", "--eval-only", SHIPPED), "has no direct receiver for tiny"),
+        (("--receiver", "direct", "--wire-carries", "prompt"), "use --wire-carries context"),
+        (("--receiver", "direct", "--stage2", "x"), "give --wire, not --stage2"),
+        (("--receiver", "direct", "--without", "copies"), "--without is about the predictor"),
+        (("--receiver", "direct", "--send", "x"), "the message is the same"),
+        (("--receiver", "direct", "--rate", "0.5"), "from 1 to 64"),
+        (("--receiver", "direct", "--model", random_llm), "has no receiver for"),
+        (("--rate", "2"), "--rate belongs to"),
+    ):
+        run = run_stage(stage3, *more, *(() if "--receive" in more else ("--out", tmp_path / "out")))
+        assert run.code == 2 and words in run.stderr and run.stderr.count("\n") == 1, (more, run.stderr)
