@@ -365,6 +365,44 @@ def message_ablations(rows: list[dict]) -> list[str]:
     return lines
 
 
+def direct_runs(short: bool = False) -> list[dict]:
+    """Stage-3 measurements of direct receivers, by reader and rate; or the short runs that compare what they learn."""
+    chosen = [row for row in load("stage3") if row.get("receiver") == "direct"]
+    chosen = [row for row in chosen if (row["metrics"]["steps"] == 600) == short]
+    return sorted(chosen, key=lambda row: (ORDER.index(row["metrics"]["model"]), row["rate"]))
+
+
+def message_direct(rows: list[dict]) -> list[str]:
+    lines = [
+        "| reader | tokens of a context a position | F1 from text | F1 through the wire | retention, % | no context | "
+        "shuffled | text cut to as many positions | positions (text) | prefill: MFLOPs (unpacked) | "
+        "keys and values, KB (unpacked) | text to first token, ms (unpacked) | command |",
+        "|---" * 13 + "|",
+    ]
+    for row in direct_runs():
+        m, cost = row["metrics"], row["controls"]["prefill"]
+        new, old = cost["direct"], cost["unpack"]
+        lines.append(
+            f"| {m['model']} | {row['rate']:g} | {m['text_f1']:.1f} | {m['f1']:.1f} | {m['retention']:.1f} | "
+            f"{m['no_context_f1']:.1f} | {m['shuffled_f1']:.1f} | {m['truncated_f1']:.1f} | "
+            f"{m['positions']:.0f} ({m['text_positions']:.0f}) | "
+            f"{new['flops'] / 1e6:.0f} ({old['flops'] / 1e6:.0f}) | "
+            f"{new['kv_bytes'] / 1e3:.0f} ({old['kv_bytes'] / 1e3:.0f}) | {new['ms']:.0f} ({old['ms']:.0f}) | "
+            f"`{row['command']}` |"
+        )
+    return lines if len(lines) > 2 else ["Not measured yet: `python results/run_stages.py stage3 --only direct`."]
+
+
+def message_direct_ablations(rows: list[dict]) -> list[str]:
+    lines = ["| learns from | F1 through the wire | retention, % | command |", "|---" * 4 + "|"]
+    learns = {None: "the answer, the teacher's answer, the teacher's states"}
+    learns |= {"states": "the answer, the teacher's answer", "teacher": "the answer"}
+    for row in sorted(direct_runs(short=True), key=lambda row: list(learns).index(row["untaught"])):
+        m = row["metrics"]
+        lines.append(f"| {learns[row['untaught']]} | {m['f1']:.1f} | {m['retention']:.1f} | `{row['command']}` |")
+    return lines
+
+
 def message_harder(rows: list[dict]) -> list[str]:
     lines = ["| passages | reader | bytes | text | zlib -9 | retention, % |", "|---" * 6 + "|"]
     for row in (row for row in load("stage3") if "harder-" in row["data"]):
@@ -402,6 +440,10 @@ def draw_frontier(rows: list[dict], path: Path) -> None:
             m = {k: statistics.mean(r["metrics"][k] for r in group) for k in ("retention", "wire_bytes", "positions")}
             for axis, key in zip(axes, ("wire_bytes", "positions"), strict=True):
                 axis.plot(m[key], m["retention"], marker, color=color, label=f"{label}: {model}")
+        direct = [r for r in direct_runs() if r["metrics"]["model"] == model]
+        if direct:
+            xs, ys = zip(*((r["metrics"]["positions"], r["metrics"]["retention"]) for r in direct), strict=True)
+            axes[1].plot(xs, ys, "-", marker="*", markersize=9, color=color, label=f"stage 3, direct: {model}")
         group = full("seed0.json").get(("prompt", model), [])
         if not group:
             continue
@@ -421,7 +463,7 @@ def draw_frontier(rows: list[dict], path: Path) -> None:
                 axes[0].text(value, 3, label, rotation=90, fontsize=7, ha="right")
     axes[0].set(xscale="log", xlabel="bytes on the wire for one prompt or context", ylabel="retention, %")
     axes[1].set(xlabel="positions that the LLM reads")
-    entries = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    entries = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -593,6 +635,8 @@ def main() -> None:
         "stage2-real-weights": encoder_real_weights,
         "stage3-message": message,
         "stage3-ablations": message_ablations,
+        "stage3-direct": message_direct,
+        "stage3-direct-ablations": message_direct_ablations,
         "stage3-harder": message_harder,
         "ladder": ladder,
         "stage1-headline": headline,

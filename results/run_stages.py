@@ -108,6 +108,15 @@ def stage3(shared: str) -> dict[str, list[str]]:
         runs[f"without-{without}"] = ["--model", "tiny", "--without", without]
     runs["without-prediction"] = ["--model", "tiny", "--without", "prediction", "--steps", "1"]  # learns nothing
     runs["one-receiver"] = ["--stage2", "tiny/wires/stage2"]
+    direct = ["--receiver", "direct", "--rate", "3", "--steps", "2000", "--batch-size", "16", "--lr", "1.5e-3"]
+    for model in WIDTHS:
+        runs[f"direct-{model}"] = ["--model", model, *direct]
+        for rate in ("1.5", "2", "4"):
+            wire = f"out/results/stage3/direct-{model}"
+            runs[f"direct-{model}-rate{rate}"] = ["--eval-only", wire, "--receiver", "direct", "--rate", rate]
+    short = ["--model", "tiny", "--receiver", "direct", "--rate", "2", "--steps", "600", *direct[6:]]
+    for name, more in (("", []), ("-without-states", ["states"]), ("-without-teacher", ["teacher"])):
+        runs[f"direct-short{name}"] = [*short, *(["--without", *more] if more else [])]
     for name in HARDER:
         file = f"out/results/harder-{name}.jsonl"
         runs[name] = ["--eval-only", "tiny/wires/stage3", "--data", file, "--eval-examples", "300"]

@@ -491,6 +491,11 @@ def test_a_direct_receiver_is_trained_resumed_and_used(tmp_path, monkeypatch, co
     shipped = safetensors.torch.load_file(SHIPPED / "wire.safetensors")
     assert all(torch.equal(shipped[name], wires[0][name]) for name in shipped)  # the sender and the rest stay
     assert wires[0]["receiver0.pooler.out.weight"].any()
+    for without in stage3.DIRECT_ABLATIONS:
+        run = run_stage(stage3, *flags, "--without", without, "--out", tmp_path / without)
+        assert run.code == 0, run.stderr
+        other = safetensors.torch.load_file(tmp_path / without / "wire.safetensors")
+        assert not torch.equal(other["receiver0.pooler.out.weight"], wires[0]["receiver0.pooler.out.weight"])
     again = run_stage(
         stage3, "--eval-only", tmp_path / "whole", "--receiver", "direct", "--rate", "3", "--eval-examples", "8",
         "--out", tmp_path / "again",
@@ -509,7 +514,8 @@ def test_a_direct_receiver_is_trained_resumed_and_used(tmp_path, monkeypatch, co
         (("--receiver", "direct", "--eval-only", SHIPPED), "has no direct receiver for tiny"),
         (("--receiver", "direct", "--wire-carries", "prompt"), "use --wire-carries context"),
         (("--receiver", "direct", "--stage2", "x"), "give --wire, not --stage2"),
-        (("--receiver", "direct", "--without", "copies"), "--without is about the predictor"),
+        (("--receiver", "direct", "--without", "copies"), "leaves nothing out of a --receiver direct"),
+        (("--without", "states"), "leaves nothing out of a --receiver unpack"),
         (("--receiver", "direct", "--send", "x"), "the message is the same"),
         (("--receiver", "direct", "--rate", "0.5"), "from 1 to 64"),
         (("--receiver", "direct", "--model", random_llm), "has no receiver for"),
