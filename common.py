@@ -379,6 +379,11 @@ def load_reader(name: str, device: torch.device, dtype: torch.dtype) -> Reader:
     model.requires_grad_(False)  # frozen: only what a stage builds itself is ever trained
     model.eval().to(device)
     table = embedding_table(model)
+    if tokenizer.vocab_size > len(table):  # fewer is common: tables are padded
+        raise UserError(
+            f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens and its embeddings {len(table)}: "
+            "the tokenizer is another model's"
+        )
     context_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     return Reader(name, model, tokenizer, table, context_tokens, fingerprint(model), device, dtype)
 
