@@ -10,21 +10,26 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import platform
 import random
 import re
+import signal
+import statistics
 import string
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 import urllib.request
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +44,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tiny import world
 
+try:
+    import fcntl
+except ImportError:  # Windows: --out is not locked there
+    fcntl = None
+
 HERE = Path(__file__).resolve().parent
 IGNORE = -100  # a label that is no target
 MAX_NEW_TOKENS = 32
+MAX_LINE = 64 << 20  # bytes of a JSONL row
 CHUNK_TOKENS = 256  # a .txt file is cut into windows of this many tokens
 
 # alias -> hub id, or the directory of an embedded reader
@@ -190,6 +201,7 @@ def run(main: Callable[[], None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what a Windows pipe cannot
     commit()  # of the code that runs, not of what the checkout has become when it ends
+    handlers = {number: signal.getsignal(number) for number in Guard.SIGNALS}
     try:
         main()
     except UserError as error:
@@ -207,6 +219,14 @@ def run(main: Callable[[], None]) -> None:
         remedy = "use a smaller --micro-batch-size; with --resume it goes on from the last checkpoint"
         print(f"error: out of memory: {remedy}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        while _locks:
+            lock = _locks.pop()
+            Path(lock.name).unlink(missing_ok=True)
+            lock.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,7 +451,7 @@ class Data:
     """Questions about passages (kind "qa") or windows of plain text (kind "text"); disjoint splits."""
 
     kind: str
-    train: list[dict] | None  # None: unlimited, made on the fly by world.py
+    train: Sequence[dict] | None  # None: unlimited, made on the fly by world.py
     validation: list[dict]
     test: list[dict]
 
@@ -477,13 +497,15 @@ def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
         raise UserError(f"--data {name}: no such file; give tiny, squad, or a .json, .jsonl or .txt file")
     if path.stat().st_size == 0:
         raise UserError(f"--data {name}: the file is empty")
+    if path.suffix == ".jsonl":
+        return _jsonl_data(name, path, eval_examples)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--data {name}: not UTF-8 (byte {error.start}); convert it first, e.g. with iconv") from None
     if path.suffix == ".txt":
         return _text_data(name, text, reader, eval_examples)
-    rows = read_jsonl(path, text) if path.suffix == ".jsonl" else read_squad(path, text)
+    rows = read_squad(path, text)
     in_test = [hashlib.sha256(row["context"].encode()).digest()[0] < 26 for row in rows]
     test = [row for row, chosen in zip(rows, in_test, strict=True) if chosen]
     train = [row for row, chosen in zip(rows, in_test, strict=True) if not chosen]
@@ -499,6 +521,25 @@ def _qa_data(train: list[dict], test: list[dict], eval_examples: int) -> Data:
     validation = [row for row in train if row["context"] in held_out][:100]
     rest = [row for row in train if row["context"] not in held_out]
     return Data("qa", rest or train, validation or train[:100], [test[i] for i in order])
+
+
+def _jsonl_data(name: str, path: Path, eval_examples: int) -> Data:
+    """A file of any size: every row is checked once, and the training rows stay on the disk."""
+    train, validation, test = array("q"), array("q"), array("q")  # where rows begin
+    for place, row in read_jsonl(path):
+        digest = hashlib.sha256(row["context"].encode()).digest()
+        (test if digest[0] < 26 else validation if digest[1] < 5 else train).append(place)
+    if not test or not train + validation:
+        count = len(train) + len(validation) + len(test)
+        raise UserError(f"--data {name}: {count} rows are too few passages to split into training and test")
+    if not validation:  # a small file: the first passage is held out
+        rows = JsonlRows(path, train)
+        is_first = [row["context"] == rows[0]["context"] for row in rows]
+        validation = [place for place, chosen in zip(train, is_first, strict=True) if chosen]
+        train = [place for place, chosen in zip(train, is_first, strict=True) if not chosen]
+    order = np.random.default_rng(0).permutation(len(test))[:eval_examples]
+    held_out, tests = JsonlRows(path, validation[:100]), JsonlRows(path, [test[i] for i in order])
+    return Data("qa", JsonlRows(path, train or validation), list(held_out), list(tests))
 
 
 def _text_data(name: str, text: str, reader: Reader, eval_examples: int) -> Data:
@@ -558,29 +599,62 @@ def read_squad(path: Path, text: str | None = None) -> list[dict]:
     return rows
 
 
-def read_jsonl(path: Path, text: str) -> list[dict]:
-    """Rows {"context", "question", "answers": [...]}, one JSON object a line. Raises UserError with file and line."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
-            raise UserError(f"--data {path}: line {number}: not JSON ({reason})") from None
-        good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("context", "question"))
-        answers = row.get("answers") if good else None
-        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-            raise UserError(
-                f'--data {path}: line {number}: want {{"context": str, "question": str, "answers": [str, ...]}}'
-            )
-        rows.append({"context": row["context"], "question": row["question"], "answers": answers})
-        if not encodes(rows[-1]):
-            raise UserError(f"--data {path}: line {number}: half a surrogate pair, which is no text")
-    if not rows:
+def parse_row(path: Path, number: int, line: str) -> dict:
+    """A row {"context", "question", "answers": [...]} from a line of JSON. Raises UserError with file and line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        raise UserError(f"--data {path}: line {number}: not JSON ({reason})") from None
+    good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("context", "question"))
+    answers = row.get("answers") if good else None
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(
+            f'--data {path}: line {number}: want {{"context": str, "question": str, "answers": [str, ...]}}'
+        )
+    row = {"context": row["context"], "question": row["question"], "answers": answers}
+    if not encodes(row):
+        raise UserError(f"--data {path}: line {number}: half a surrogate pair, which is no text")
+    return row
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """(where it begins, row) of each line that is not blank, one at a time. Raises UserError with file and line."""
+    place, empty = 0, True
+    with open(path, "rb") as file:
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            if len(raw) > MAX_LINE:
+                raise UserError(f"--data {path}: line {number} is longer than {MAX_LINE >> 20} MB: no row is")
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                at = place + error.start
+                raise UserError(f"--data {path}: not UTF-8 (byte {at}); convert it first, e.g. with iconv") from None
+            if line.strip():
+                yield place, parse_row(path, number, line)
+                empty = False
+            place += len(raw)
+    if empty:
         raise UserError(f"--data {path}: the file is empty")
-    return rows
+
+
+class JsonlRows(Sequence):
+    """Rows of a JSONL file by where they begin: eight bytes of memory a row, however large the file."""
+
+    def __init__(self, path: Path, places: Sequence[int]):
+        self.path, self.places = path, np.array(places, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = int(self.places[index])
+        with open(self.path, "rb") as file:
+            file.seek(place)
+            line = file.readline().decode("utf-8-sig" if place == 0 else "utf-8", errors="replace")
+        return parse_row(self.path, f"at byte {place}", line)  # checked before: unless the file has changed since
 
 
 def fetch_squad() -> list[Path]:
@@ -681,7 +755,7 @@ def truncated_prompt(reader: Reader, row: dict, max_tokens: int) -> Prompt:
 
 def check_questions(reader: Reader, data: Data) -> None:
     """Raises UserError now, not in mid-training, if a question alone does not fit into the LLM's context."""
-    for row in [*(data.train or []), *data.validation, *data.test]:
+    for row in itertools.chain(data.train or [], data.validation, data.test):
         if data.kind == "qa" and 2 * len(row["question"].encode()) > reader.prompt_tokens:  # a token is at least a byte
             make_prompt(reader, "", row["question"])
 
@@ -954,20 +1028,27 @@ def fit_pca(table: Tensor, counts: Tensor) -> PCA:
 
 
 def token_counts(reader: Reader, data: Data, seed: int, passages: int = 2000) -> Tensor:
-    """[V] occurrences of each token in the prompts of the training split (in `passages` of them if unlimited)."""
+    """[V] occurrences of each token in the prompts of the training split.
+
+    In `passages` of them if it is unlimited, in 100,000 evenly spread ones if it is larger than that.
+    """
     rows = data.train if data.train is not None else data.train_rows(seed, 0, passages)
-    if data.kind == "text":
-        lists = [row["ids"] for row in rows]
-    else:
-        prompts = [prompt_text(reader, row["context"], row["question"]) for row in rows]
-        lists = reader.tokenizer(prompts, add_special_tokens=not reader.tokenizer.chat_template, verbose=False)[
-            "input_ids"
-        ]
-        cut = sum(len(ids) > reader.prompt_tokens for ids in lists)
-        if cut:
-            print(f"note: {cut} of {len(rows)} training prompts exceed {reader.prompt_tokens} tokens: context cut")
-    flat = torch.tensor([token for ids in lists for token in ids])
-    return torch.bincount(flat, minlength=len(reader.table))
+    chosen = range(len(rows)) if len(rows) <= 100_000 else np.linspace(0, len(rows) - 1, 100_000).astype(int)
+    counts, cut = torch.zeros(len(reader.table), dtype=torch.long), 0
+    for at in range(0, len(chosen), 1000):
+        part = [rows[int(i)] for i in chosen[at : at + 1000]]
+        if data.kind == "text":
+            lists = [row["ids"] for row in part]
+        else:
+            prompts = [prompt_text(reader, row["context"], row["question"]) for row in part]
+            special = not reader.tokenizer.chat_template
+            lists = reader.tokenizer(prompts, add_special_tokens=special, verbose=False)["input_ids"]
+            cut += sum(len(ids) > reader.prompt_tokens for ids in lists)
+        flat = torch.tensor([token for ids in lists for token in ids], dtype=torch.long)
+        counts += torch.bincount(flat, minlength=len(counts))
+    if cut:
+        print(f"note: {cut} of {len(chosen)} training prompts exceed {reader.prompt_tokens} tokens: context cut")
+    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1117,23 +1198,71 @@ def write_atomically(path: Path, payload: bytes) -> None:
         raise
 
 
+_locks = []  # open files; the kernel frees them when the process ends, however it ends
+
+
 def open_out(name: str) -> Path:
-    """Make the output directory and see that it can be written. Raises UserError."""
+    """Make the output directory, see that it can be written, and keep other runs out. Raises UserError."""
     path = Path(name)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / ".writable", b"")
-        (path / ".writable").unlink()
+        lock = open(path / ".lock", "w")  # it stays open
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locks.append(lock)
+    except BlockingIOError:
+        raise UserError(f"--out {name}: another run is writing there; give another directory, or wait for it") from None
     except OSError as error:
         raise UserError(f"--out {name}: cannot write there ({error.strerror}); give another directory") from None
     return path
 
 
+def digest_of(tensors: dict[str, Tensor], text: str) -> str:
+    """sha256 of tensors, their names, dtypes and shapes, and a text."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_checkpoint(path: Path, payload: dict) -> None:
-    """torch.save, atomically. Through memory: torch itself reports a full disk as a bare RuntimeError."""
-    buffer = io.BytesIO()
-    torch.save(payload, buffer)
-    write_atomically(path, buffer.getvalue())
+    """Write tensors and plain values, in dicts and lists, as one safetensors file: nothing that is ever unpickled."""
+    tensors = {}
+
+    def plain(value):
+        if isinstance(value, Tensor):
+            tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
+            return {"tensor": str(len(tensors) - 1)}
+        if isinstance(value, dict):  # as pairs, since an optimizer's keys are numbers
+            return {"dict": [[key, plain(inner)] for key, inner in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return {"list": [plain(inner) for inner in value]}
+        return {"value": value}
+
+    text = json.dumps(plain(payload))
+    metadata = {"checkpoint": text, "sha256": digest_of(tensors, text)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What save_checkpoint wrote. Raises ValueError, SafetensorError and the like for any other file."""
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
+    text = metadata.get("checkpoint", "")
+    if metadata.get("sha256") != digest_of(tensors, text):
+        raise ValueError("damaged")
+
+    def restored(value):
+        ((kind, inner),) = value.items()
+        if kind == "tensor":
+            return tensors[inner]
+        if kind == "dict":
+            return {key: restored(part) for key, part in inner}
+        return [restored(part) for part in inner] if kind == "list" else inner
+
+    return restored(json.loads(text))
 
 
 def load_checkpoint(path: Path, arguments: dict, llm_fingerprint: str) -> dict:
@@ -1144,10 +1273,13 @@ def load_checkpoint(path: Path, arguments: dict, llm_fingerprint: str) -> dict:
     if not path.exists():
         raise UserError(f"--resume: {path} does not exist; start without --resume")
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        saved = read_checkpoint(path)
         made_with, made_for = saved["arguments"], saved["fingerprint"]
     except Exception as error:
-        raise UserError(f"--resume: {path} cannot be read ({type(error).__name__}); start without --resume") from None
+        reason = "damaged" if str(error) == "damaged" else type(error).__name__
+        raise UserError(
+            f"--resume: {path} is not a whole checkpoint of this program ({reason}); start without --resume"
+        ) from None
     for key, value in arguments.items():
         if key not in ("device", "micro_batch_size", "eval_examples") and made_with.get(key) != value:
             flag = "--" + key.replace("_", "-")
@@ -1157,9 +1289,75 @@ def load_checkpoint(path: Path, arguments: dict, llm_fingerprint: str) -> dict:
     return saved
 
 
+class Guard:
+    """Watches over a training loop: signals, steps that went wrong, and when to write a checkpoint.
+
+    Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint; a second Ctrl-C ends it at once. A step
+    whose loss or gradient is no number, or whose gradient is SPIKE times the median of the last 100, is skipped: the
+    weights stay as they were. After TOO_MANY in a row the run stops.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SPIKE, TOO_MANY, SECONDS = 1000.0, 5, 600.0
+
+    def __init__(self, steps: int, resumed: dict | None):
+        state = resumed["guard"] if resumed else {"norms": [], "skipped": 0, "in_a_row": 0}
+        self.norms, self.skipped, self.in_a_row = list(state["norms"]), state["skipped"], state["in_a_row"]
+        self.steps, self.saved_step, self.saved_at = steps, resumed["step"] if resumed else 0, time.monotonic()
+        self.signal: int | None = None
+        self.watching = threading.current_thread() is threading.main_thread()  # where Python handles signals
+        self.handlers = {number: signal.signal(number, self.stop) for number in self.SIGNALS if self.watching}
+
+    def stop(self, number: int, frame) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def state(self) -> dict:
+        """For the checkpoint."""
+        return {"norms": self.norms, "skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def accepts(self, loss: float, norm: float, step: int) -> bool:
+        """Whether to take this step (the first is 1), from its loss and the norm of its gradient. Raises UserError."""
+        # what is clipped to 1 anyway is no spike below that
+        spike = len(self.norms) == 100 and norm > max(1.0, self.SPIKE * statistics.median(self.norms))
+        if math.isfinite(loss) and math.isfinite(norm) and not spike:
+            self.norms, self.in_a_row = [*self.norms[-99:], norm], 0
+            return True
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        print(f"note: step {step} is skipped: its loss is {loss:.3g}, the norm of its gradient {norm:.3g}", flush=True)
+        if self.in_a_row == self.TOO_MANY:
+            kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "there is no checkpoint"
+            raise UserError(
+                f"loss or gradient is not a number, or far above all others, for {self.TOO_MANY} steps up to {step}: "
+                f"stopped, {kept}; try a smaller --lr"
+            )
+        return False
+
+    def due(self, step: int) -> bool:
+        """Whether to write a checkpoint after this step: at every quarter, every ten minutes, and when told to stop."""
+        waited = time.monotonic() - self.saved_at > self.SECONDS
+        return step % max(1, self.steps // 4) == 0 or step == self.steps or waited or self.signal is not None
+
+    def saved(self, step: int) -> None:
+        """A checkpoint was written: ends the run if it was told to."""
+        self.saved_step, self.saved_at = step, time.monotonic()
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            print(f"terminated after step {step}; --resume goes on from there", file=sys.stderr)
+            sys.exit(128 + self.signal)
+
+    def close(self) -> None:
+        """Training is over: signals do what they did before."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
 def save_wire(out: Path, tensors: dict[str, Tensor], config: dict) -> None:
     """wire.safetensors and config.json: what --eval-only and the later stages start from."""
     kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    config = config | {"wire_sha256": digest_of(kept, "")}
     write_atomically(out / "wire.safetensors", safetensors.torch.save(kept))
     write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
@@ -1192,6 +1390,11 @@ def load_wire(name: str, stage: str, config_keys: tuple[str, ...], tensor_keys: 
         raise UserError(f"{name} is a wire of {config.get('stage')}, not of {stage}")
     if missing:
         raise UserError(f"{name}: config.json or wire.safetensors lacks {missing[0]}")
+    if config.get("wire_sha256", "") not in ("", digest_of(tensors, "")):
+        raise UserError(f"{name}: wire.safetensors is damaged, or not the one its config.json was written with")
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{name}: {key} in wire.safetensors holds something that is not a number")
     return tensors, config
 
 

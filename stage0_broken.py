@@ -251,7 +251,7 @@ def main() -> None:
         raise common.UserError(f"--data {args.data}: stage 0 learns from answers; give questions, not plain text")
     common.check_questions(reader, data)
     run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
-    checkpoint_path = Path(args.out) / "checkpoint.pt"
+    checkpoint_path = Path(args.out) / "checkpoint.safetensors"
     resumed = common.load_checkpoint(checkpoint_path, run_arguments, reader.fingerprint) if args.resume else None
     print(f"model {args.model}: V {vocabulary}, d {d}, fingerprint {reader.fingerprint}")
     size = "unlimited" if data.train is None else len(data.train)
@@ -293,7 +293,7 @@ def main() -> None:
     accumulation = args.batch_size // args.micro_batch_size
     assert accumulation * args.micro_batch_size == args.batch_size, (args.batch_size, args.micro_batch_size)
     progress = common.Progress(steps, step)
-    good_step, started = step, time.perf_counter() - train_seconds
+    guard, started = common.Guard(steps, resumed), time.perf_counter() - train_seconds
     while step < steps:
         # warm-up over 5% of the steps, then linearly to zero
         scale = min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
@@ -310,12 +310,8 @@ def main() -> None:
             loss += share.item()
         gradients = {"gradient_encoder": gradient_rms(encoder), "gradient_adapter": gradient_rms(adapter)}
         norm = torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *adapter.parameters()], 1.0)
-        if not math.isfinite(loss + norm.item()):
-            kept = f"the checkpoint of step {good_step} is kept" if good_step else "there is no checkpoint yet"
-            raise common.UserError(
-                f"loss or gradient is not a number at step {step + 1}: stopped, {kept}; try a smaller --lr"
-            )
-        optimizer.step()
+        if guard.accepts(loss, norm.item(), step + 1):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         train_seconds = time.perf_counter() - started
@@ -323,17 +319,19 @@ def main() -> None:
             history.append(common.rounded({"step": step, "lr": args.lr * scale, "loss_ce": loss} | gradients))
             common.append_jsonl(out / "metrics.jsonl", history[-1] | {"seconds": round(train_seconds, 1)})
         progress.show(step, f"ce {loss:.3f}")
-        if step % max(1, steps // 4) == 0 or step == steps:
-            common.print_samples(reader, data, wire.send, wire.receive)
+        if guard.due(step):
             common.save_checkpoint(
                 checkpoint_path,
                 {
                     "adapter": adapter.state_dict(), "encoder": encoder.state_dict(),
                     "optimizer": optimizer.state_dict(), "step": step, "train_seconds": train_seconds,
                     "history": history, "arguments": run_arguments, "fingerprint": reader.fingerprint,
+                    "guard": guard.state(),
                 },
             )  # fmt: skip
-            good_step = step
+            guard.saved(step)
+            common.print_samples(reader, data, wire.send, wire.receive)
+    guard.close()
 
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: the wire and every control, on test passages whose names were never seen

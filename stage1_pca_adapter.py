@@ -230,7 +230,7 @@ def main() -> None:
     data = common.load_data(args.data, reader, args.eval_examples)
     common.check_questions(reader, data)
     run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
-    checkpoint_path = Path(args.out) / "checkpoint.pt"
+    checkpoint_path = Path(args.out) / "checkpoint.safetensors"
     resumed = common.load_checkpoint(checkpoint_path, run_arguments, reader.fingerprint) if args.resume else None
     print(f"model {args.model}: V {vocabulary}, d {d}, fingerprint {reader.fingerprint}")
     size = "unlimited" if data.train is None else len(data.train)
@@ -280,7 +280,7 @@ def main() -> None:
     accumulation = args.batch_size // args.micro_batch_size
     assert accumulation * args.micro_batch_size == args.batch_size, (args.batch_size, args.micro_batch_size)
     progress = common.Progress(steps, step)
-    good_step, started = step, time.perf_counter() - train_seconds
+    guard, started = common.Guard(steps, resumed), time.perf_counter() - train_seconds
     while step < steps:
         # warm-up over 5% of the steps, then linearly to zero
         scale = min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
@@ -298,12 +298,8 @@ def main() -> None:
             for name, value in zip(losses, (ce, mse, kd), strict=True):
                 losses[name] += value.item()
         norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-        if not math.isfinite(sum(losses.values()) + norm.item()):
-            kept = f"the checkpoint of step {good_step} is kept" if good_step else "there is no checkpoint yet"
-            raise common.UserError(
-                f"loss or gradient is not a number at step {step + 1}: stopped, {kept}; try a smaller --lr"
-            )
-        optimizer.step()
+        if guard.accepts(sum(losses.values()), norm.item(), step + 1):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         train_seconds = time.perf_counter() - started
@@ -314,17 +310,18 @@ def main() -> None:
         progress.show(
             step, " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in losses.items() if v or n != "loss_kd")
         )
-        if step % max(1, steps // 4) == 0 or step == steps:
-            common.print_samples(reader, data, wire.send, wire.receive)
+        if guard.due(step):
             common.save_checkpoint(
                 checkpoint_path,
                 {
                     "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                     "train_seconds": train_seconds, "history": history, "arguments": run_arguments,
-                    "fingerprint": reader.fingerprint,
+                    "fingerprint": reader.fingerprint, "guard": guard.state(),
                 },
             )  # fmt: skip
-            good_step = step
+            guard.saved(step)
+            common.print_samples(reader, data, wire.send, wire.receive)
+    guard.close()
 
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: the wire and every control, on test passages whose names were never seen

@@ -24,7 +24,6 @@ k code width.
 """
 
 import hashlib
-import math
 import random
 import struct
 import time
@@ -364,7 +363,7 @@ def main() -> None:
             f"--model {args.model}: the names of its tokens do not spell its prompts, so token ends are not known"
         )
     run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
-    checkpoint_path = Path(args.out) / "checkpoint.pt"
+    checkpoint_path = Path(args.out) / "checkpoint.safetensors"
     resumed = common.load_checkpoint(checkpoint_path, run_arguments, reader.fingerprint) if args.resume else None
     if resumed and resumed["stage1_sha256"] != stage1_sha256:
         raise common.UserError(
@@ -429,11 +428,13 @@ def main() -> None:
     accumulation = args.batch_size // args.micro_batch_size
     assert accumulation * args.micro_batch_size == args.batch_size, (args.batch_size, args.micro_batch_size)
     progress = common.Progress(steps, step)
-    good_step, started = step, time.perf_counter() - train_seconds
+    guard, started = common.Guard(steps, resumed), time.perf_counter() - train_seconds
     while step < steps:
         # warm-up over 5% of the steps, then linearly to zero; a tenth of that through the LLM
         scale = min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
         through_llm = step >= steps - args.llm_steps or through_llm_always
+        if step == steps - args.llm_steps:
+            guard.norms.clear()  # another loss has other gradients
         optimizer.param_groups[0]["lr"] = args.lr * scale
         optimizer.param_groups[1]["lr"] = args.lr * scale * (1.0 if through_llm_always else 0.1 if through_llm else 0.0)
         rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
@@ -475,12 +476,8 @@ def main() -> None:
                 losses["loss_ce"] += ce.item()
             total.backward()
         norm = torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *adapter.parameters()], 1.0)
-        if not math.isfinite(sum(losses.values()) + norm.item()):
-            kept = f"the checkpoint of step {good_step} is kept" if good_step else "there is no checkpoint yet"
-            raise common.UserError(
-                f"loss or gradient is not a number at step {step + 1}: stopped, {kept}; try a smaller --lr"
-            )
-        optimizer.step()
+        if guard.accepts(sum(losses.values()), norm.item(), step + 1):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         train_seconds = time.perf_counter() - started
@@ -488,18 +485,19 @@ def main() -> None:
             history.append(common.rounded({"step": step, "lr": args.lr * scale} | losses))
             common.append_jsonl(out / "metrics.jsonl", history[-1] | {"seconds": round(train_seconds, 1)})
         progress.show(step, " ".join(f"{n.removeprefix('loss_')} {v:.4f}" for n, v in losses.items() if v))
-        if step % max(1, steps // 4) == 0 or step == steps:
-            common.print_samples(reader, data, wire.send, wire.receive)
+        if guard.due(step):
             common.save_checkpoint(
                 checkpoint_path,
                 {
                     "adapter": adapter.state_dict(), "encoder": encoder.state_dict(),
                     "optimizer": optimizer.state_dict(), "step": step, "train_seconds": train_seconds,
                     "history": history, "arguments": run_arguments, "fingerprint": reader.fingerprint,
-                    "stage1_sha256": stage1_sha256,
+                    "stage1_sha256": stage1_sha256, "guard": guard.state(),
                 },
             )  # fmt: skip
-            good_step = step
+            guard.saved(step)
+            common.print_samples(reader, data, wire.send, wire.receive)
+    guard.close()
 
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: the wire and every control, on test passages whose names were never seen

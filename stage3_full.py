@@ -940,7 +940,7 @@ def main() -> None:
                 )
     aside = ("out", "resume", "eval_only", "send", "receive", "wire", "question")
     run_arguments = {key: value for key, value in vars(args).items() if key not in aside}
-    checkpoint_path = Path(args.out) / "checkpoint.pt"
+    checkpoint_path = Path(args.out) / "checkpoint.safetensors"
     resumed = None
     if args.resume:
         resumed = common.load_checkpoint(checkpoint_path, run_arguments, readers[0].fingerprint)
@@ -985,7 +985,7 @@ def main() -> None:
         checkpoint_path.unlink(missing_ok=True)  # of an older run: this one must not be taken for it
     common.write_jsonl(out / "metrics.jsonl", history)
     progress = common.Progress(steps, step)
-    good_step, started = step, time.perf_counter() - train_seconds
+    guard, started = common.Guard(steps, resumed), time.perf_counter() - train_seconds
     while step < steps:
         # warm-up over 5% of the steps, then linearly to zero
         scale = min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
@@ -1009,12 +1009,8 @@ def main() -> None:
             parts = parts + torch.stack(share).detach()
         loss = parts[:kept].sum().item()
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        if not math.isfinite(loss + norm.item()):
-            kept = f"the checkpoint of step {good_step} is kept" if good_step else "there is no checkpoint yet"
-            raise common.UserError(
-                f"loss or gradient is not a number at step {step + 1}: stopped, {kept}; try a smaller --lr"
-            )
-        optimizer.step()
+        if guard.accepts(loss, norm.item(), step + 1):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         train_seconds = time.perf_counter() - started
@@ -1024,16 +1020,17 @@ def main() -> None:
             history.append(common.rounded({"step": step, "lr": args.lr * scale} | losses))
             common.append_jsonl(out / "metrics.jsonl", history[-1] | {"seconds": round(train_seconds, 1)})
         progress.show(step, f"loss {loss:.3f}" if direct else f"nats a latent {loss:.3f}")
-        if step % max(1, steps // 4) == 0 or step == steps:
+        if guard.due(step):
             common.save_checkpoint(
                 checkpoint_path,
                 {
                     "trained": trained.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                     "train_seconds": train_seconds, "history": history, "arguments": run_arguments,
-                    "fingerprint": readers[0].fingerprint, "stage2_sha256": stage2_sha256,
+                    "fingerprint": readers[0].fingerprint, "stage2_sha256": stage2_sha256, "guard": guard.state(),
                 },
             )  # fmt: skip
-            good_step = step
+            guard.saved(step)
+    guard.close()
     if direct and not args.eval_only:
         state = {f"{chosen[0]['prefix']}pooler.{name}": t.detach().cpu() for name, t in pooler.state_dict().items()}
         tensors |= state

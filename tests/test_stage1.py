@@ -45,7 +45,7 @@ def subprocess_stage(*flags: str, timeout: int = 120) -> Run:
 def test_smoke_run_ends_with_a_table_and_the_contract_json(model, tmp_path):
     run = subprocess_stage("--smoke", "--model", model, "--out", tmp_path / "out")
     assert run.code == 0, run.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == RUN_FILES | {"checkpoint.pt"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == RUN_FILES | {"checkpoint.safetensors"}
     result = run.result
     assert list(result) == common.RESULT_KEYS
     assert result["f1"] >= 90 and result["text_f1"] >= 90  # 12 steps on 40 rows: the codebook starts close
@@ -388,22 +388,6 @@ def test_an_unwritable_out_is_refused(target, tmp_path):
     run = run_stage(stage1, *QUICK, "--out", out)
     assert run.code == 2 and run.stderr.count("\n") == 1 and "--out" in run.stderr
     assert (tmp_path / "file").read_text() == "kept"
-
-
-def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, random_llm, monkeypatch):
-    out, original, calls = tmp_path / "out", common.answer_logits, []
-
-    def answer_logits(*args):
-        calls.append(1)
-        return original(*args) * (float("nan") if len(calls) == 4 else 1)
-
-    monkeypatch.setattr(common, "answer_logits", answer_logits)
-    run = run_stage(stage1, *QUICK, "--model", random_llm, "--out", out)
-    assert run.code == 2 and run.stderr.count("\n") == 1
-    assert "not a number at step 4" in run.stderr and "checkpoint of step 3 is kept" in run.stderr
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == 3 and not (out / "wire.safetensors").exists()
-    assert all(torch.isfinite(tensor).all() for tensor in saved["adapter"].values())
 
 
 def test_out_of_memory_suggests_smaller_micro_batches(tmp_path, monkeypatch):
