@@ -965,7 +965,8 @@ def main() -> None:
         pooler = Pooler(d, receiver.constant_rms.item()).to(device)
         direct_wire = DirectWire(codec, receiver, pooler, args.rate)
         trained, what = pooler, "pooler"
-        if args.eval_only:
+        goes_on = "direct" in chosen[0]  # the wire has a pooler for this LLM: it is trained further
+        if args.eval_only or goes_on:
             load_pooler(pooler, tensors, chosen[0], base)
     out = common.open_out(args.out)
     print(f"{what}: {sum(p.numel() for p in trained.parameters()):,} trained parameters", flush=True)
@@ -994,8 +995,8 @@ def main() -> None:
         rows = datas[0].train_rows(args.seed, step * args.batch_size, args.batch_size)
         rng = random.Random(f"{args.seed}-{step}")
         if direct:
-            # every rate between 1 and the highest, which comes to --rate in the first third of the steps
-            top = 1 + (args.rate - 1) * min(1.0, 0.1 + 3 * step / steps)
+            # every rate between 1 and the highest, which comes to --rate in the first third of a first training
+            top = 1 + (args.rate - 1) * (1.0 if goes_on else min(1.0, 0.1 + 3 * step / steps))
             losses = direct_losses(direct_wire, rows, [rng.uniform(1, top) for _ in rows], args.micro_batch_size)
         else:
             texts = [plain(common.sent_prompt(readers[0], row)) for row in rows]

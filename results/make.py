@@ -368,7 +368,7 @@ def message_ablations(rows: list[dict]) -> list[str]:
 def direct_runs(short: bool = False) -> list[dict]:
     """Stage-3 measurements of direct receivers, by reader and rate; or the short runs that compare what they learn."""
     chosen = [row for row in load("stage3") if row.get("receiver") == "direct"]
-    chosen = [row for row in chosen if (row["metrics"]["steps"] == 600) == short]
+    chosen = [row for row in chosen if (row["metrics"]["steps"] == 300) == short]
     return sorted(chosen, key=lambda row: (ORDER.index(row["metrics"]["model"]), row["rate"]))
 
 

@@ -108,13 +108,17 @@ def stage3(shared: str) -> dict[str, list[str]]:
         runs[f"without-{without}"] = ["--model", "tiny", "--without", without]
     runs["without-prediction"] = ["--model", "tiny", "--without", "prediction", "--steps", "1"]  # learns nothing
     runs["one-receiver"] = ["--stage2", "tiny/wires/stage2"]
-    direct = ["--receiver", "direct", "--rate", "3", "--steps", "2000", "--batch-size", "16", "--lr", "1.5e-3"]
+    # a direct receiver, trained twice: at rates up to 3, then up to 2.5. What evaluates it comes last
+    direct, batch = ["--receiver", "direct"], ["--batch-size", "16"]
+    first = [*direct, "--rate", "3", "--steps", "2000", *batch, "--lr", "1.5e-3"]
+    then = [*direct, "--seed", "1", "--rate", "2.5", "--steps", "1600", *batch, "--lr", "1e-3"]
     for model in WIDTHS:
-        runs[f"direct-{model}"] = ["--model", model, *direct]
+        wire = f"out/results/stage3/direct-{model}"
+        runs[f"direct-{model}"] = ["--model", model, *first]
+        runs[f"direct-{model}-more"] = ["--model", model, "--wire", wire, *then]
         for rate in ("1.5", "2", "4"):
-            wire = f"out/results/stage3/direct-{model}"
-            runs[f"direct-{model}-rate{rate}"] = ["--eval-only", wire, "--receiver", "direct", "--rate", rate]
-    short = ["--model", "tiny", "--receiver", "direct", "--rate", "2", "--steps", "600", *direct[6:]]
+            runs[f"direct-{model}-rate{rate}"] = ["--eval-only", f"{wire}-more", *direct, "--rate", rate]
+    short = ["--model", "tiny", *direct, "--rate", "2", "--steps", "300", *batch, "--lr", "1.5e-3"]
     for name, more in (("", []), ("-without-states", ["states"]), ("-without-teacher", ["teacher"])):
         runs[f"direct-short{name}"] = [*short, *(["--without", *more] if more else [])]
     for name in HARDER:
@@ -173,10 +177,15 @@ if __name__ == "__main__":
         flags = [*stage1(args.shared)["stories260k-k8-codebook"], "--device", "cpu", "--out", STORIES_WIRE]
         subprocess.run([sys.executable, SCRIPTS["stage1"], *flags], cwd=ROOT, check=True)
     threads = max(1, os.cpu_count() // args.workers)
-    # what evaluates a wire comes after what trains it
-    halves = [{n: f for n, f in runs.items() if ("--eval-only" in f) == later} for later in (False, True)]
+    # what evaluates a wire, or trains it further, comes after what trains it
+    order = [
+        lambda f: "--wire" not in f and "--eval-only" not in f,
+        lambda f: "--wire" in f,
+        lambda f: "--eval-only" in f,
+    ]
     done = []
-    for half in halves:
+    for chosen in order:
+        half = {name: flags for name, flags in runs.items() if chosen(flags)}
         with ThreadPoolExecutor(args.workers) as pool:
             jobs = [pool.submit(measure, args.stage, n, flags, threads) for n, flags in half.items()]
             done += [job.result() for job in jobs]

@@ -496,6 +496,10 @@ def test_a_direct_receiver_is_trained_resumed_and_used(tmp_path, monkeypatch, co
         assert run.code == 0, run.stderr
         other = safetensors.torch.load_file(tmp_path / without / "wire.safetensors")
         assert not torch.equal(other["receiver0.pooler.out.weight"], wires[0]["receiver0.pooler.out.weight"])
+    more = run_stage(stage3, *flags, "--wire", tmp_path / "whole", "--out", tmp_path / "more")
+    assert more.code == 0 and more.result["nll_wire"] != whole.result["nll_wire"]  # it goes on from where it was
+    losses = [json.loads((tmp_path / n / "metrics.jsonl").read_text().split("\n")[0]) for n in ("whole", "more")]
+    assert losses[0]["loss_answer"] != losses[1]["loss_answer"]
     again = run_stage(
         stage3, "--eval-only", tmp_path / "whole", "--receiver", "direct", "--rate", "3", "--eval-examples", "8",
         "--out", tmp_path / "again",
