@@ -262,7 +262,7 @@ def test_resume_refuses_a_stage1_wire_that_has_changed(tmp_path):
     assert run_stage(stage2, *flags).code == 0
     tensors = safetensors.torch.load_file(stage1_wire / "wire.safetensors")
     tensors["adapter.keys"] += 1e-3
-    safetensors.torch.save_file(tensors, stage1_wire / "wire.safetensors")
+    common.save_wire(stage1_wire, tensors, json.loads((stage1_wire / "config.json").read_text()))
     run = run_stage(stage2, *flags, "--resume")
     assert run.code == 2 and "made from another wire" in run.stderr and run.stderr.count("\n") == 1
 
