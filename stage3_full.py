@@ -652,7 +652,9 @@ class DirectWire(Wire):
         stays = [reading.stays(rate) for reading, rate in zip(readings, rates, strict=True)]
         contexts = [reading.embeddings[reading.first : reading.last] for reading in readings]
         real = pad([torch.ones_like(part) for part in stays], batch_first=True)
-        pooled = self.pooler(pad(contexts, batch_first=True), pad(stays, batch_first=True), real)
+        pooled = pad(contexts, batch_first=True)
+        if pooled.shape[1]:  # not every context is empty
+            pooled = self.pooler(pooled, pad(stays, batch_first=True), real)
         parts, places = [], []
         for reading, chosen, new in zip(readings, stays, pooled, strict=True):
             e, first, last = reading.embeddings, reading.first, reading.last
@@ -1006,7 +1008,9 @@ def main() -> None:
         parts = 0.0
         kept = {"states": 2, "teacher": 1}.get(args.untaught, 3)  # the losses that are learned from
         for share in losses:  # of a micro-batch each; the step's loss is their sum
-            sum(share[:kept]).backward()
+            total = sum(share[:kept])
+            if total.requires_grad:  # else no row has a context
+                total.backward()
             parts = parts + torch.stack(share).detach()
         loss = parts[:kept].sum().item()
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)

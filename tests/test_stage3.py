@@ -376,6 +376,12 @@ def test_plain_text_and_a_row_with_nothing_in_it(tmp_path):
         assert config["controls"]["arrived"] == run.result["examples"]
     flags = ("--eval-only", SHIPPED, "--wire-carries", "context", "--eval-examples", "8", "--out", tmp_path / "b")
     assert run_stage(stage3, *flags, "--data", tmp_path / "rows.jsonl").code == 0
+    for file, code in (("rows.jsonl", 0), ("some.txt", 2)):
+        run = run_stage(
+            stage3, "--receiver", "direct", *QUICK, "--steps", "12", "--micro-batch-size", "1", "--data",
+            tmp_path / file, "--out", tmp_path / "c",
+        )  # fmt: skip
+        assert run.code == code and (code == 0 or "no questions for a direct receiver" in run.stderr), run.stderr
     run = run_stage(stage3, *flags, "--data", tmp_path / "some.txt")
     assert run.code == 2 and "plain text has no questions" in run.stderr
 
