@@ -367,8 +367,8 @@ def message_ablations(rows: list[dict]) -> list[str]:
 
 def direct_runs(short: bool = False) -> list[dict]:
     """Stage-3 measurements of direct receivers, by reader and rate; or the short runs that compare what they learn."""
-    chosen = [row for row in load("stage3") if row.get("receiver") == "direct"]
-    chosen = [row for row in chosen if (row["metrics"]["steps"] == 300) == short]
+    steps = 300 if short else 1600  # the 2,000 before those 1,600 only made the wire that they start from
+    chosen = [row for row in load("stage3") if row.get("receiver") == "direct" and row["metrics"]["steps"] == steps]
     return sorted(chosen, key=lambda row: (ORDER.index(row["metrics"]["model"]), row["rate"]))
 
 

@@ -116,7 +116,7 @@ def stage3(shared: str) -> dict[str, list[str]]:
         wire = f"out/results/stage3/direct-{model}"
         runs[f"direct-{model}"] = ["--model", model, *first]
         runs[f"direct-{model}-more"] = ["--model", model, "--wire", wire, *then]
-        for rate in ("1.5", "2", "4"):
+        for rate in ("1.5", "2", "3", "4"):
             runs[f"direct-{model}-rate{rate}"] = ["--eval-only", f"{wire}-more", *direct, "--rate", rate]
     short = ["--model", "tiny", *direct, "--rate", "2", "--steps", "300", *batch, "--lr", "1.5e-3"]
     for name, more in (("", []), ("-without-states", ["states"]), ("-without-teacher", ["teacher"])):

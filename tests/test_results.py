@@ -78,6 +78,22 @@ def test_stage3_is_measured_on_1000_passages_with_both_receivers_and_shipped():
     assert shipped["metrics"] == rows["python stage3_full.py --seed 0"]["metrics"]
 
 
+def test_direct_receivers_are_measured_with_their_controls_and_ablations():
+    rows = [row for row in rows_of("stage3") if row.get("receiver") == "direct"]
+    for model in ("tiny", "tiny-qwen"):
+        mine = {
+            row["rate"]: row for row in rows if row["metrics"]["model"] == model and row["metrics"]["steps"] == 1600
+        }
+        assert {1.5, 2.0, 2.5, 3.0, 4.0} <= set(mine)
+        for row in mine.values():
+            assert row["metrics"]["examples"] == 1000
+            assert row["metrics"]["shuffled_f1"] < 10 and row["metrics"]["truncated_f1"] < row["metrics"]["text_f1"]
+            prefill = row["controls"]["prefill"]
+            assert prefill["direct"]["positions"] < prefill["unpack"]["positions"]
+    short = [row["untaught"] for row in rows if row["metrics"]["steps"] == 300]
+    assert sorted(short, key=str) == [None, "states", "teacher"]
+
+
 def test_benchmarks_say_how_they_were_made():
     benches = [json.loads(path.read_text()) for path in (HERE / "results" / "kernels").glob("*.json")]
     benches = [bench for bench in benches if "operator" in bench]
