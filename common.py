@@ -29,7 +29,7 @@ import urllib.request
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,10 +158,17 @@ def finish_arguments(parser: Parser) -> argparse.Namespace:
         args.steps, args.eval_examples = min(args.steps, 12), min(args.eval_examples, 40)
     if args.out is None:
         args.out = f"out/{stage}" + ("-smoke" if args.smoke else "") + ("-eval" if args.eval_only else "")
-    if args.micro_batch_size is None:
-        args.micro_batch_size = args.batch_size
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    if args.micro_batch_size is None:  # the largest that gives every process one
+        sizes = range(1, args.batch_size // processes + 1)
+        args.micro_batch_size = max((size for size in sizes if args.batch_size % size == 0), default=args.batch_size)
     if args.batch_size % args.micro_batch_size:
         parser.error(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}")
+    if args.batch_size // args.micro_batch_size < processes:
+        parser.error(
+            f"--batch-size {args.batch_size} is {args.batch_size // args.micro_batch_size} micro-batches of "
+            f"{args.micro_batch_size}: too few for {processes} processes"
+        )
     if args.lr > 100:
         parser.error(f"argument --lr: {args.lr:g} only diverges; Adam's useful range is about 1e-5 to 1e-2")
     if args.eval_only and Path(args.eval_only).resolve() == Path(args.out).resolve():
@@ -201,10 +208,16 @@ def run(main: Callable[[], None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what a Windows pipe cannot
     commit()  # of the code that runs, not of what the checkout has become when it ends
+    stdout, started = sys.stdout, False
     handlers = {number: signal.getsignal(number) for number in Guard.SIGNALS}
     try:
+        started = join_processes()
+        if rank():  # the first process speaks for all
+            sys.stdout = open(os.devnull, "w")
         main()
     except UserError as error:
+        if rank():
+            time.sleep(3)  # what is wrong in the first too is said there, and torchrun then ends this one
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -220,6 +233,9 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: out of memory: {remedy}", file=sys.stderr)
         sys.exit(2)
     finally:
+        sys.stdout = stdout
+        if started:
+            torch.distributed.destroy_process_group()
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -230,6 +246,64 @@ def run(main: Callable[[], None]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# several processes, where torchrun started them: each takes its micro-batches of every step and its test rows
+
+
+def join_processes() -> bool:
+    """Meet the other processes that torchrun started; True if this call did it, False for one process alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
+        return False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group()  # NCCL for what is on GPUs, gloo for the rest
+    return True
+
+
+def rank() -> int:
+    """The number of this process: 0 writes and speaks."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def process_count() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def own_share(items: Sequence) -> list:
+    """Those of the items (a step's micro-batches) that this process works on; all of them if it is alone."""
+    return list(items)[rank() :: process_count()]
+
+
+def spread(work: Callable, items: Sequence) -> list:
+    """[work(item) for item in items], each item in one of the processes, and every process gets all the results."""
+    mine = [work(item) for item in own_share(items)]
+    if process_count() == 1:
+        return mine
+    shares: list = [None] * process_count()
+    torch.distributed.all_gather_object(shares, mine)  # pickled, but only among the processes of one run
+    return [shares[i % len(shares)][i // len(shares)] for i in range(len(items))]
+
+
+def add_up(parameters: Iterable[Tensor], values: list[float]) -> list[float]:
+    """Sum the gradients, in place, and the values over the processes. Bit for bit the same result in each of them."""
+    if process_count() == 1:
+        return values
+    parameters = list(parameters)
+    has_gradient = [float(p.grad is not None) for p in parameters]  # a process may have had no part in one
+    numbers = torch.tensor(has_gradient + values, dtype=torch.float64)
+    torch.distributed.all_reduce(numbers)
+    for p, count in zip(parameters, numbers.tolist(), strict=False):
+        if count and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+    return numbers[len(parameters) :].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # device, dtype, seed, versions
 
 
@@ -237,7 +311,7 @@ def pick_device(name: str) -> tuple[torch.device, str]:
     """(device, why). `auto` takes CUDA, else the CPU; MPS only when asked for, since it has been silently wrong."""
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda"), f"CUDA is available: {torch.cuda.get_device_name()}"
+            return torch.device("cuda", torch.cuda.current_device()), f"CUDA: {torch.cuda.get_device_name()}"
         return torch.device("cpu"), f"no CUDA device; {torch.get_num_threads()} threads"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -272,13 +346,14 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of this checkout when the run began, with "-dirty" if tracked files were changed; None outside git."""
+    """The commit of this checkout when the run began, with "-dirty" if its code was changed; None outside git."""
     try:
         git = ["git", "-C", str(HERE)]
         top = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, timeout=10)
         if top.returncode:
             return None
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        code = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"]  # results change no result
+        changed = subprocess.run(code, capture_output=True, text=True, timeout=10)
         return top.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -927,9 +1002,8 @@ def generate(
         max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=fill, eos_token_id=reader.eos_ids or None
     )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together; the largest first
-    answers = [""] * len(prompts)
-    for at in range(0, len(order), batch_size):
-        chosen = order[at : at + batch_size]
+
+    def answers_of(chosen: list[int]) -> list[str]:
         parts = [prompts[i] if receive is None else receive(prompts[i]) for i in chosen]
         width = max(map(len, parts))
         mask = torch.tensor([[0] * (width - len(part)) + [1] * len(part) for part in parts], device=reader.device)
@@ -941,11 +1015,17 @@ def generate(
             inputs = {"inputs_embeds": torch.stack(padded).to(reader.dtype)}  # [B, T, d]
         new = reader.model.generate(**inputs, attention_mask=mask, generation_config=settings)
         new = new[:, width:] if receive is None else new
-        for i, ids in zip(chosen, new.tolist(), strict=True):
+        answers = []
+        for ids in new.tolist():
             end = next((place for place, token in enumerate(ids) if token in reader.eos_ids), len(ids))
             # a base model that does not stop goes on with the next question: its answer ends with the line
-            answers[i] = reader.tokenizer.decode(ids[:end], skip_special_tokens=True).strip().split("\n")[0].strip()
-    return answers
+            answer = reader.tokenizer.decode(ids[:end], skip_special_tokens=True)
+            answers.append(answer.strip().split("\n")[0].strip())
+        return answers
+
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    found = [answer for answers in spread(answers_of, batches) for answer in answers]
+    return [answer for _, answer in sorted(zip(order, found, strict=True))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1092,9 +1172,8 @@ def splice(reader: Reader, batch: Batch, received: list[Tensor]) -> tuple[Batch,
 @torch.inference_mode()
 def mean_nll(reader: Reader, rows: list[dict], batch_size: int, send: Send | None, receive: Receive | None) -> float:
     """Mean NLL in nats per target token: from the real embeddings, or with the prompt through the wire."""
-    total, count = 0.0, 0
-    for at in range(0, len(rows), batch_size):
-        part = rows[at : at + batch_size]
+
+    def sum_and_count(part: list[dict]) -> tuple[float, int]:
         batch = make_batch(reader, part)
         embeddings = reader.table[batch.ids]  # [B, T, d]
         if send is not None:
@@ -1102,9 +1181,10 @@ def mean_nll(reader: Reader, rows: list[dict], batch_size: int, send: Send | Non
             batch, embeddings = splice(reader, batch, received)
         logits = answer_logits(reader, batch, embeddings)
         labels = batch.labels[batch.labels != IGNORE]
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
-        count += len(labels)
-    return total / count
+        return F.cross_entropy(logits, labels, reduction="sum").item(), len(labels)
+
+    found = spread(sum_and_count, [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)])
+    return sum(total for total, _ in found) / sum(count for _, count in found)
 
 
 def byte_baselines(reader: Reader, texts: list[str], id_lists: list[list[int]]) -> dict[str, float]:
@@ -1133,13 +1213,15 @@ def evaluate(reader: Reader, data: Data, batch_size: int, send: Send, receive: R
             print(
                 f"note: {cut} of {len(rows)} test prompts exceed {reader.prompt_tokens} tokens: context cut at its end"
             )
-    messages = [send(prompt) for prompt in prompts]
-    positions, cosines = [], []
-    for message, ids in zip(messages, id_lists, strict=True):
+
+    def received(message: bytes, ids: list[int]) -> tuple[int, list[float]]:
         embeddings = receive(message).float()  # [positions, d]
-        positions.append(len(embeddings))
-        if len(embeddings) == len(ids):
-            cosines += F.cosine_similarity(embeddings, reader.table[ids], dim=-1).tolist()
+        alike = len(embeddings) == len(ids)
+        return len(embeddings), F.cosine_similarity(embeddings, reader.table[ids], dim=-1).tolist() if alike else []
+
+    messages = spread(send, prompts)
+    found = spread(lambda pair: received(*pair), list(zip(messages, id_lists, strict=True)))
+    positions, cosines = [count for count, _ in found], [cosine for _, part in found for cosine in part]
     metrics = dict.fromkeys(RESULT_KEYS)
     metrics |= byte_baselines(reader, texts, id_lists)
     metrics["examples"] = len(rows)
@@ -1183,7 +1265,12 @@ def evaluate(reader: Reader, data: Data, batch_size: int, send: Send, receive: R
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Write to a temporary name, then rename: a full disk or an interruption leaves the old file whole."""
+    """Write to a temporary name, then rename: a full disk or an interruption leaves the old file whole.
+
+    Of several processes the first writes.
+    """
+    if rank():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1204,6 +1291,8 @@ _locks = []  # open files; the kernel frees them when the process ends, however 
 def open_out(name: str) -> Path:
     """Make the output directory, see that it can be written, and keep other runs out. Raises UserError."""
     path = Path(name)
+    if rank():
+        return path
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = open(path / ".lock", "w")  # it stays open
@@ -1337,6 +1426,10 @@ class Guard:
     def due(self, step: int) -> bool:
         """Whether to write a checkpoint after this step: at every quarter, every ten minutes, and when told to stop."""
         waited = time.monotonic() - self.saved_at > self.SECONDS
+        if process_count() > 1:  # all at once: what one was told holds for all, and the first looks at the clock
+            news = torch.tensor([self.signal or 0, waited and not rank()], dtype=torch.int64)
+            torch.distributed.all_reduce(news, torch.distributed.ReduceOp.MAX)
+            self.signal, waited = news[0].item() or None, bool(news[1])
         return step % max(1, self.steps // 4) == 0 or step == self.steps or waited or self.signal is not None
 
     def saved(self, step: int) -> None:
@@ -1413,6 +1506,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def append_jsonl(path: Path, row: dict) -> None:
+    if rank():
+        return
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 

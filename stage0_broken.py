@@ -304,10 +304,12 @@ def main() -> None:
         batches = [common.make_batch(reader, part) for part in parts]
         targets = sum(int((batch.labels != common.IGNORE).sum()) for batch in batches)
         loss = 0.0
-        for part, batch in zip(parts, batches, strict=True):
+        # all micro-batches, unless torchrun started several processes
+        for part, batch in common.own_share(list(zip(parts, batches, strict=True))):
             share = answer_loss(wire, part, batch, targets)
             share.backward()
             loss += share.item()
+        (loss,) = common.add_up([*encoder.parameters(), *adapter.parameters()], [loss])
         gradients = {"gradient_encoder": gradient_rms(encoder), "gradient_adapter": gradient_rms(adapter)}
         norm = torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *adapter.parameters()], 1.0)
         if guard.accepts(loss, norm.item(), step + 1):

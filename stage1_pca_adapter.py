@@ -292,11 +292,12 @@ def main() -> None:
         targets = sum((batch.labels != common.IGNORE).sum() for batch in batches)
         sent_tokens = sum(batch.sent.sum() for batch in batches)
         losses = {"loss_ce": 0.0, "loss_mse": 0.0, "loss_kd": 0.0}
-        for batch in batches:
+        for batch in common.own_share(batches):  # all of them, unless torchrun started several processes
             ce, mse, kd = step_losses(wire, batch, targets, sent_tokens, variance, args.kd_weight > 0)
             (ce + mse + args.kd_weight * kd).backward()
             for name, value in zip(losses, (ce, mse, kd), strict=True):
                 losses[name] += value.item()
+        losses = dict(zip(losses, common.add_up(adapter.parameters(), list(losses.values())), strict=True))
         norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         if guard.accepts(sum(losses.values()), norm.item(), step + 1):
             optimizer.step()

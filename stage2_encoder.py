@@ -453,7 +453,8 @@ def main() -> None:
         bytes_of_step = max(1, sum(int(real.sum()) for _, real, _, _ in known))
         tokens_of_step = max(1, sum(len(ids) for *_, ids in known))
         targets_of_step = sum(int((batch.labels != common.IGNORE).sum()) for batch in batches)
-        for number, part in enumerate(parts):
+        # all micro-batches, unless torchrun started several processes
+        for number, part in common.own_share(list(enumerate(parts))):
             total = torch.zeros((), device=device)
             if known:
                 data_bytes, real, is_end, ids = known[number]
@@ -475,6 +476,8 @@ def main() -> None:
                 total = total + ce
                 losses["loss_ce"] += ce.item()
             total.backward()
+        summed = common.add_up([*encoder.parameters(), *adapter.parameters()], list(losses.values()))
+        losses = dict(zip(losses, summed, strict=True))
         norm = torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *adapter.parameters()], 1.0)
         if guard.accepts(sum(losses.values()), norm.item(), step + 1):
             optimizer.step()

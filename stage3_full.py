@@ -696,7 +696,7 @@ def direct_losses(
         positions += int(batch.attention.sum() - batch.sent.sum())
     for reading, rate in zip(readings, rates, strict=True):
         positions += math.ceil(len(reading.nats) / rate) + len(reading.embeddings) - reading.last
-    for part in batches:
+    for part in common.own_share(batches):  # all of them, unless torchrun started several processes
         batch = common.make_batch(reader, rows[part])
         shorter, places = wire.shorten(readings[part], rates[part])
         with torch.no_grad():
@@ -828,8 +828,8 @@ def index_losses(
 ) -> Iterator[list[Tensor]]:
     """For each micro-batch [cross-entropy (scalar, nats) of the index that comes next, by the step's positions]."""
     device, positions = predictor.embedding.weight.device, sum(map(len, lists))
-    for at in range(0, len(lists), micro_batch_size):
-        part = lists[at : at + micro_batch_size]
+    batches = [lists[at : at + micro_batch_size] for at in range(0, len(lists), micro_batch_size)]
+    for part in common.own_share(batches):  # all of them, unless torchrun started several processes
         seen = [features(ids, predictor.vocabulary, without) for ids in part]
         inputs = (torch.from_numpy(np.concatenate(arrays)).to(device) for arrays in zip(*seen, strict=True))
         targets = torch.tensor([index for ids in part for index in ids], device=device)
@@ -1012,7 +1012,8 @@ def main() -> None:
             if total.requires_grad:  # else no row has a context
                 total.backward()
             parts = parts + torch.stack(share).detach()
-        loss = parts[:kept].sum().item()
+        parts = common.add_up(trained.parameters(), parts.tolist())
+        loss = sum(parts[:kept])
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         if guard.accepts(loss, norm.item(), step + 1):
             optimizer.step()
@@ -1020,7 +1021,7 @@ def main() -> None:
         step += 1
         train_seconds = time.perf_counter() - started
         if step % 10 == 0 or step in (1, steps):
-            named = zip(("answer", "kl", "states") if direct else ("index",), parts.tolist(), strict=True)
+            named = zip(("answer", "kl", "states") if direct else ("index",), parts, strict=True)
             losses = {f"loss_{name}": value for name, value in named}
             history.append(common.rounded({"step": step, "lr": args.lr * scale} | losses))
             common.append_jsonl(out / "metrics.jsonl", history[-1] | {"seconds": round(train_seconds, 1)})
@@ -1061,7 +1062,7 @@ def main() -> None:
         metrics, records = common.evaluate(reader, data, batch_size, wire.send, wire.receive)
         prompts = [common.sent_prompt(reader, row) for row in data.test]
         texts = [prompt.context if args.wire_carries == "context" else plain(prompt) for prompt in prompts]
-        sent = [codec.send(text, args.wire_carries) for text in texts]
+        sent = common.spread(lambda text: codec.send(text, args.wire_carries), texts)
         if args.wire_carries == "context":  # common.evaluate has counted prompts, and turned answers, not messages
             id_lists = [reader.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
             metrics |= common.byte_baselines(reader, texts, id_lists)
@@ -1090,9 +1091,10 @@ def main() -> None:
             mean_bytes, mean_tokens = (sum(size) / len(cut) for size in zip(*sizes, strict=True))
             f1, _ = common.score(answers, data.test)
             truncated.append({"share": share, "bytes": mean_bytes, "positions": mean_tokens, "f1": f1})
+        arrived = common.spread(lambda data: codec.text(data)[0], sent)
         controls = {
             "truncated": truncated,
-            "arrived": sum(codec.text(data)[0] == text for data, text in zip(sent, texts, strict=True)),
+            "arrived": sum(text == read for text, read in zip(texts, arrived, strict=True)),
             "latents": sum(unpack(message, codec.fingerprint).latents for message in sent) / len(texts),
             "stored": sum(message[2] >> 6 & 1 for message in sent),
             "zlib_dictionary_bytes": deflated / len(texts),
