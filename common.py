@@ -38,9 +38,11 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tiny import world
 
@@ -63,6 +65,7 @@ MODELS = {
     "llama-7b": "huggyllama/llama-7b",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B-Instruct",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
@@ -143,6 +146,8 @@ def add_arguments(parser: Parser, stage: str, steps: int, batch_size: int, lr: f
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the LLM (default: %(default)s)"
     )
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute the LLM's layers twice and keep "
+                        "less of them in memory")  # fmt: skip
     parser.add_argument("--eval-examples", type=positive_int, default=1000, help="test rows (default: %(default)s)")
     parser.add_argument("--eval-only", metavar="WIRE_DIR", help="evaluate a trained wire; its config names the model")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -229,8 +234,8 @@ def run(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        remedy = "use a smaller --micro-batch-size; with --resume it goes on from the last checkpoint"
-        print(f"error: out of memory: {remedy}", file=sys.stderr)
+        remedy = "use --gradient-checkpointing or a smaller --micro-batch-size"
+        print(f"error: out of memory: {remedy}; with --resume it goes on from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     finally:
         sys.stdout = stdout
@@ -431,8 +436,8 @@ def find_model(name: str) -> Path:
         ) from None
 
 
-def load_reader(name: str, device: torch.device, dtype: torch.dtype) -> Reader:
-    """Load and freeze a causal LM from safetensors; code from the hub is never run.
+def load_reader(name: str, device: torch.device, dtype: torch.dtype, checkpointing: bool = False) -> Reader:
+    """Load and freeze a causal LM from safetensors; code from the hub is never run. checkpointing: `checkpoint_layers`.
 
     Raises UserError for a directory without config, weights or tokenizer, and for weights that do not load.
     """
@@ -473,6 +478,8 @@ def load_reader(name: str, device: torch.device, dtype: torch.dtype) -> Reader:
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.requires_grad_(False)  # frozen: only what a stage builds itself is ever trained
     model.eval().to(device)
+    if checkpointing:
+        checkpoint_layers(model)
     table = embedding_table(model)
     if tokenizer.vocab_size > len(table):  # fewer is common: tables are padded
         raise UserError(
@@ -481,6 +488,32 @@ def load_reader(name: str, device: torch.device, dtype: torch.dtype) -> Reader:
         )
     context_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     return Reader(name, model, tokenizer, table, context_tokens, fingerprint(model), device, dtype)
+
+
+def checkpoint_layers(model: torch.nn.Module, on: bool = True) -> None:
+    """Keep only the input of each of the LLM's layers for the backward pass, which then computes the layer again.
+
+    transformers' own gradient checkpointing needs training mode, and with it the dropout of GPT-2 or OPT. Raises
+    UserError if the architecture's layers are not marked for checkpointing.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"--gradient-checkpointing: the layers of a {type(model).__name__} cannot be told apart")
+
+    def checkpointed(forward: Callable) -> Callable:
+        def twice(*args, **kwargs):
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return torch.utils.checkpoint.checkpoint(
+                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            )
+
+        return functools.wraps(forward)(twice)
+
+    for layer in layers:
+        vars(layer).pop("forward", None)  # of an earlier call: what is left is the method of the class
+        if on:
+            layer.forward = checkpointed(layer.forward)
 
 
 @torch.no_grad()
@@ -1370,7 +1403,8 @@ def load_checkpoint(path: Path, arguments: dict, llm_fingerprint: str) -> dict:
             f"--resume: {path} is not a whole checkpoint of this program ({reason}); start without --resume"
         ) from None
     for key, value in arguments.items():
-        if key not in ("device", "micro_batch_size", "eval_examples") and made_with.get(key) != value:
+        elsewhere = ("device", "micro_batch_size", "gradient_checkpointing", "eval_examples")
+        if key not in elsewhere and made_with.get(key) != value:
             flag = "--" + key.replace("_", "-")
             raise UserError(f"--resume: {path} was made with {flag} {made_with.get(key)}, not {value}")
     if made_for != llm_fingerprint:

@@ -243,7 +243,7 @@ def main() -> None:
         f"device {device.type} ({device_reason}), dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
         flush=True,
     )
-    reader = common.load_reader(args.model, device, dtype)
+    reader = common.load_reader(args.model, device, dtype, args.gradient_checkpointing)
     common.check_fingerprint(reader, saved_config, args.eval_only)
     vocabulary, d = reader.table.shape
     data = common.load_data(args.data, reader, args.eval_examples)

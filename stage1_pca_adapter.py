@@ -53,7 +53,13 @@ def parse_arguments():
     parser.add_argument(
         "--kd-weight", type=float, help="weight of KL(LLM reading text || LLM reading the wire); default 0"
     )
+    parser.add_argument("--dry-run", action="store_true", help="say what this model needs, from its shape alone")
+    parser.add_argument("--random-weights", metavar="LAYERS", nargs="?", const=0, type=common.positive_int,
+                        help="time steps of a random model of this shape (of so many layers)")  # fmt: skip
     args = common.finish_arguments(parser)
+    args.shape_only = args.dry_run or args.random_weights is not None
+    if args.shape_only and (args.eval_only or args.resume or args.data not in (None, "tiny")):
+        parser.error("--dry-run and --random-weights have no data: drop --data, --resume and --eval-only")
     if args.kd_weight is not None and not (math.isfinite(args.kd_weight) and args.kd_weight >= 0):
         parser.error(f"argument --kd-weight: must be a number of at least 0, not {args.kd_weight}")
     return args
@@ -68,6 +74,8 @@ DEFAULTS = {
     "rms": "constant",
     "kd_weight": 0.0,
 }
+
+NOT_OF_THE_RUN = ("out", "resume", "eval_only", "dry_run", "random_weights", "shape_only")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the adapter: codes [N,k] -> embeddings [N,d]
@@ -212,6 +220,10 @@ def main() -> None:
         tensor_keys = ("mean", "components", "target_rms")
         saved_tensors, saved_config = common.load_wire(args.eval_only, STAGE, config_keys, tensor_keys)
     common.settle_arguments(args, DEFAULTS, saved_config)
+    if args.shape_only:
+        import scale
+
+        return scale.report(args)
     if saved_config:
         args.seed = saved_config["arguments"]["seed"]
     device, device_reason = common.pick_device(args.device)
@@ -221,7 +233,7 @@ def main() -> None:
         f"device {device.type} ({device_reason}), dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
         flush=True,
     )
-    reader = common.load_reader(args.model, device, dtype)
+    reader = common.load_reader(args.model, device, dtype, args.gradient_checkpointing)
     common.check_fingerprint(reader, saved_config, args.eval_only)
     vocabulary, d = reader.table.shape
     k = args.code_dim if args.code_dim is not None else max(1, d // 8)
@@ -229,7 +241,7 @@ def main() -> None:
         raise common.UserError(f"--code-dim {k} is above the embedding width of {args.model}, {d}")
     data = common.load_data(args.data, reader, args.eval_examples)
     common.check_questions(reader, data)
-    run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
+    run_arguments = {key: value for key, value in vars(args).items() if key not in NOT_OF_THE_RUN}
     checkpoint_path = Path(args.out) / "checkpoint.safetensors"
     resumed = common.load_checkpoint(checkpoint_path, run_arguments, reader.fingerprint) if args.resume else None
     print(f"model {args.model}: V {vocabulary}, d {d}, fingerprint {reader.fingerprint}")

@@ -344,7 +344,7 @@ def main() -> None:
             raise common.UserError(
                 f"{args.stage1} sends each token's RMS; stage 2 starts from a wire with --rms constant"
             )
-    reader = common.load_reader(args.model, device, dtype)
+    reader = common.load_reader(args.model, device, dtype, args.gradient_checkpointing)
     common.check_fingerprint(reader, stage1_config, args.eval_only or args.stage1)
     vocabulary, d = reader.table.shape
     data = common.load_data(args.data, reader, args.eval_examples)

@@ -907,7 +907,7 @@ def main() -> None:
         if direct:  # one LLM at a time; the sender's own, or the only one that has been trained
             able = [entry["model"] for entry in receivers if "direct" in entry]
             names = [args.model or (able[0] if args.eval_only and able else receivers[0]["model"])]
-        readers = [common.load_reader(name, device, dtype) for name in names]
+        readers = [common.load_reader(name, device, dtype, args.gradient_checkpointing) for name in names]
         chosen = [entry_of(receivers, reader, base) for reader in readers]
         stage2_sha256 = hashlib.sha256((Path(base) / "wire.safetensors").read_bytes()).hexdigest()  # what it stands on
     else:

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python kernels/bench.py` puts kernels/ there instead
 
 import common
+import scale
 import stage1_pca_adapter as stage1
 from kernels import adapter
 from kernels.adapter import EPS, adapt, gram_matrix, reconstruct, reference
@@ -284,36 +284,10 @@ def benchmark_codebook(device: str, dtype: torch.dtype, repeats: int) -> list[di
 # a whole stage-1 training step, with and without the wire
 
 
-def random_reader(layers: int, device: str, dtype: torch.dtype) -> common.Reader:
-    """A Llama of 7B shape with random weights, cut to so many layers. It has no tokenizer: batches are random ids."""
-    config = transformers.LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=layers,
-        vocab_size=VOCABULARY,
-    )  # fmt: skip
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.requires_grad_(False).eval()
-    table = model.get_input_embeddings().weight.float()
-    return common.Reader("7B shape", model, None, table, 4096, "random", torch.device(device), dtype)
-
-
-def random_batch(reader: common.Reader, rows: int, length: int, answer: int) -> common.Batch:
-    """Zipf-like ids, so that some repeat as in real text."""
-    share = 1 / torch.arange(1, len(reader.table) + 1, device=reader.device)
-    ids = torch.multinomial(share, rows * length, replacement=True).view(rows, length)
-    sent = (torch.arange(length, device=ids.device) < length - answer).expand(rows, -1)
-    labels = torch.where(sent, common.IGNORE, ids)
-    return common.Batch(ids, torch.ones_like(ids), sent, labels)
-
-
 def benchmark_step(reader: common.Reader, batch: common.Batch, k: int, kind: str, repeats: int) -> dict:
     """Seconds of a training step as stage 1 runs it, and of the LLM's forward and backward on the same batch alone."""
     d, device = reader.table.shape[1], reader.device
-    components, _ = torch.linalg.qr(torch.randn(d, k, device=device))
-    pca = common.PCA(reader.table.mean(0), components, torch.ones(d, dtype=torch.float64))
-    counts = torch.ones(len(reader.table), device=device)
-    wire = stage1.Wire(reader, pca, "constant", reader.table.square().mean().sqrt())
-    wire.adapter = stage1.Adapter(kind, pca, reader.table, wire.codes, counts).to(device)
+    wire = scale.random_wire(reader, k, kind)
     optimizer = torch.optim.AdamW(wire.adapter.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
     targets, sent, variance = (batch.labels != common.IGNORE).sum(), batch.sent.sum(), reader.table.var()
 
@@ -373,8 +347,9 @@ def main() -> None:
     for kind in ("codebook", "linear", "mlp"):
         result["step"].append(benchmark_step(reader, batch, 24, kind, 3 * repeats))
     if not args.smoke:
-        reader = random_reader(32 if device == "cuda" else 2, device, dtype)
-        batch = random_batch(reader, 4, 256, 16)
+        reader = scale.random_reader("llama-7b", 32 if device == "cuda" else 2, torch.device(device), dtype)
+        reader.name = "7B shape"
+        batch = scale.random_batch(reader, 4, 256, 16)
         for kind in ("linear", "codebook"):
             result["step"].append(benchmark_step(reader, batch, CODE_WIDTH, kind, 10 if device == "cuda" else 3))
     for row in result["step"]:

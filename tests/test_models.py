@@ -92,3 +92,25 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     directory = save_random_llm(tmp_path / "llm", config, HERE / "tiny" / "tiny-llama")
     run = run_stage(stage1, "--model", directory, "--smoke", "--out", tmp_path / "out")
     assert run.code == 2 and "its tokenizer has 1024 tokens and its embeddings 500" in run.stderr
+
+
+def test_checkpointing_changes_no_gradient(llm):
+    reader = common.load_reader(str(llm), torch.device("cpu"), torch.float32)
+    batch = common.make_batch(reader, common.load_data("tiny", reader, 4).train_rows(0, 0, 2))
+
+    def gradient():
+        embeddings = reader.table[batch.ids].requires_grad_()
+        logits, states = common.answer_logits(reader, batch, embeddings, states=True)
+        (logits.square().sum() + sum(state.square().sum() for state in states)).backward()
+        return embeddings.grad
+
+    kept = gradient()
+    common.checkpoint_layers(reader.model)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        saved: list[int] = []
+        assert torch.equal(gradient(), kept)
+        twice = sum(saved)
+        common.checkpoint_layers(reader.model, on=False)
+        saved.clear()
+        assert torch.equal(gradient(), kept)
+    assert twice != sum(saved)
