@@ -186,7 +186,9 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
     reader = random_reader(args.model, args.random_weights or None, device, dtype)
     vocabulary, d = reader.table.shape
     k, layers = args.code_dim or max(1, d // 8), reader.model.config.get_text_config().num_hidden_layers
-    batch = random_batch(reader, args.micro_batch_size, min(LENGTH, reader.context_tokens), ANSWER)
+    rows = args.micro_batch_size
+    batch = random_batch(reader, rows, min(LENGTH, reader.context_tokens), ANSWER)
+    one_row = common.Batch(batch.ids[:1], batch.attention[:1], batch.sent[:1], batch.labels[:1])
     wire = random_wire(reader, k, args.adapter)
     print(f"{args.model}, {layers} layers, random weights: V {vocabulary}, d {d}, {args.adapter} adapter, k {k}")
     print(f"{batch.ids.numel()} random tokens a step, {len(batch.ids[batch.sent].unique())} different", flush=True)
@@ -197,14 +199,14 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
             common.checkpoint_layers(reader.model, name != "plain")
 
     peaks, flops, times = {}, {}, {name: [] for name in steps}
+    for name, step in steps_of(wire, one_row).items():  # without checkpointing: MFU does not count what is done twice
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops[name] = rows * counter.get_total_flops()
     for name, step in steps.items():
         checkpointing(name)
         step()  # what the first step alone does is not measured
         peaks[name] = peak_bytes(step, device)
-        common.checkpoint_layers(reader.model, False)  # MFU does not count what is computed twice
-        with FlopCounterMode(display=False) as counter:
-            step()
-        flops[name] = counter.get_total_flops()
     for _ in range(args.steps):  # in turns, so that what disturbs the machine disturbs all of them
         for name, step in steps.items():
             checkpointing(name)
@@ -214,10 +216,10 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
             synchronize(device)
             times[name].append(time.perf_counter() - started)
     rate, tokens = matmul_rate(device, dtype), batch.ids.numel()
-    rows = {}
+    ways = {}
     for name, values in times.items():
         seconds = statistics.median(values)
-        rows[name] = {
+        ways[name] = {
             "seconds": seconds, "tokens_per_second": tokens / seconds, "flops": flops[name],
             "mfu": flops[name] / seconds / rate, "peak_bytes": peaks[name],
         }  # fmt: skip
@@ -228,7 +230,7 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
     result = {
         "model": args.model, "layers": layers, "adapter": args.adapter, "d": d, "k": k, "vocabulary": vocabulary,
         "batch": list(batch.ids.shape), "unique_tokens": len(batch.ids[batch.sent].unique()),
-        "gradient_checkpointing": args.gradient_checkpointing, "measured_steps": args.steps, "ways": rows,
+        "gradient_checkpointing": args.gradient_checkpointing, "measured_steps": args.steps, "ways": ways,
         "matmul_flops_per_second": rate, "wire_share": paired(lambda wire, alone, plain: 1 - alone / wire),
         "plain_over_wire": paired(lambda wire, alone, plain: plain / wire),
         "memory_over_plain": peaks["wire"] / peaks["plain"] if peaks["plain"] else None,
@@ -242,7 +244,7 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
                 f"{row['tokens_per_second']:.0f} tokens/s, MFU {100 * row['mfu']:.0f}% of a matmul's {rate / 1e12:.2g} "
                 "TFLOP/s" + (f", peak {row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else ""),
             )
-            for name, row in rows.items()
+            for name, row in ways.items()
         ]
         + [
             ("share of the wire", f"{100 * result['wire_share']:.1f}%", "of a step"),

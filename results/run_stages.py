@@ -1,7 +1,8 @@
 """Measure the stages: every run behind the README's tables, as JSON in results/<stage>/. Runs that are there are kept.
 
-    python results/run_stages.py stage2       # one stage; two at a time
-    python results/make.py                    # README tables and figures from the JSON
+    python results/run_stages.py stage2               # one stage; two at a time
+    python results/run_stages.py scale --workers 1    # what is timed runs alone
+    python results/make.py                            # README tables and figures from the JSON
 
 The real-weights rows need a directory with models/stories260k, data/text/tinystories_sample.txt and
 data/squad/dev-v1.1.json beside the checkout (--shared); without it they are left out and said to be.
@@ -28,6 +29,7 @@ SCRIPTS = {
     "stage1": "stage1_pca_adapter.py",
     "stage2": "stage2_encoder.py",
     "stage3": "stage3_full.py",
+    "scale": "stage1_pca_adapter.py",
 }
 WIDTHS = {"tiny": (24, 12), "tiny-qwen": (20, 10)}  # 8x and 16x fewer dimensions than 192 and 160
 ACCENTS = str.maketrans("aeioucnAEIOUCN", "áéíöüçñÁÉÍÖÜÇÑ")
@@ -127,6 +129,23 @@ def stage3(shared: str) -> dict[str, list[str]]:
     return runs
 
 
+def scale(shared: str) -> dict[str, list[str]]:
+    """Steps of models with random weights, two layers deep, and dry runs of whole ones."""
+    runs = {}
+    for model in ("llama-7b", "llama-3.1-8b", "llama-3.1-70b"):
+        for adapter in ("linear", "codebook"):
+            runs[f"dry-{model}-{adapter}"] = ["--model", model, "--adapter", adapter, "--dry-run"]
+    shape = ["--random-weights", "2", "--dtype", "bfloat16", "--steps", "5"]
+    for name, model, rows, more in (
+        ("llama-7b-linear", "llama-7b", "8", ["--adapter", "linear"]),
+        ("llama-7b-codebook", "llama-7b", "8", ["--adapter", "codebook"]),
+        ("llama-7b-linear-checkpointing", "llama-7b", "8", ["--adapter", "linear", "--gradient-checkpointing"]),
+        ("llama-3.1-8b-linear", "llama-3.1-8b", "4", ["--adapter", "linear"]),
+    ):
+        runs[name] = ["--model", model, *shape, "--micro-batch-size", rows, "--batch-size", rows, *more]
+    return runs
+
+
 def write_harder(folder: Path) -> None:
     """Each file: 3,400 test passages, changed. A tenth of a file is its test set, so that about 340 are."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +171,10 @@ def measure(stage: str, name: str, flags: list[str], threads: int) -> bool:
     if done.returncode:
         print(f"{name}: FAILED\n{done.stderr}", flush=True)
         return False
-    config = json.loads((out / "config.json").read_text())
+    if stage == "scale":  # saves nothing: its last line is the result
+        config = json.loads(done.stdout.strip().split("\n")[-1])
+    else:
+        config = json.loads((out / "config.json").read_text())
     row = {"command": " ".join([f"python {SCRIPTS[stage]}", *flags]), "threads": threads} | config
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(row, indent=2) + "\n")
@@ -171,7 +193,9 @@ if __name__ == "__main__":
         print(f"{args.shared} is not there: the rows on real weights are left out")
     if args.stage in ("stage2", "stage3"):
         write_harder(ROOT / "out" / "results")
-    runs = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}[args.stage](args.shared)
+    runs = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3, "scale": scale}[args.stage](
+        args.shared
+    )
     runs = {name: flags for name, flags in runs.items() if args.only in name}
     if args.stage == "stage2" and "stories260k" in runs and not (ROOT / STORIES_WIRE).exists():
         flags = [*stage1(args.shared)["stories260k-k8-codebook"], "--device", "cpu", "--out", STORIES_WIRE]
