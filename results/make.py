@@ -557,6 +557,52 @@ def compiled(rows: list[dict]) -> list[str]:
     return lines
 
 
+def scale_steps(rows: list[dict]) -> list[str]:
+    lines = [
+        "| machine | LLM, layers | adapter | checkpointing | batch | step, s | LLM alone, s | plain, s | "
+        "the wire's share, % | plain / wire, time | wire / plain, memory | tokens/s | MFU, % | "
+        "peak, GB (plain) | command |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (r for r in load("scale") if "ways" in r):
+        wire, alone, plain = (row["ways"][name] for name in ("wire", "LLM alone", "plain"))
+        cells = [
+            f"CPU, {row['threads']} threads" if row["device"] == "cpu" else row["device"],
+            f"{row['model']}, {row['layers']}",
+            row["adapter"],
+            "yes" if row["gradient_checkpointing"] else "no",
+            f"{row['batch'][0]} x {row['batch'][1]}",
+            *(f"{way['seconds']:.1f}" for way in (wire, alone, plain)),
+            f"{100 * row['wire_share']:.1f}",
+            f"{row['plain_over_wire']:.2f}x",
+            f"{row['memory_over_plain']:.2f}x",
+            f"{wire['tokens_per_second']:.0f}",
+            f"{100 * wire['mfu']:.0f}",
+            f"{wire['peak_bytes'] / 1e9:.2f} ({plain['peak_bytes'] / 1e9:.2f})",
+            f"`{row['command']}`",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def scale_dry(rows: list[dict]) -> list[str]:
+    lines = [
+        "| model | adapter | k | trained, M | weights, GB | training, GB (checkpointing) | evaluation, GB | "
+        "fits a GPU of (checkpointing) | PCA, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted((r for r in load("scale") if "fits" in r), key=lambda r: r["parameters"]):
+        training = row["training_bytes"]
+        smallest = {name: cards[0] for name, cards in row["fits"].items()}
+        lines.append(
+            f"| {row['model']} | {row['adapter']} | {row['k']} | {row['trained_parameters'] / 1e6:.1f} | "
+            f"{row['held']['weights'] / 1e9:.1f} | {training['without'] / 1e9:.1f} ({training['with'] / 1e9:.1f}) | "
+            f"{row['evaluation_bytes'] / 1e9:.1f} | {smallest['without']} ({smallest['with']}) | "
+            f"{row['pca_seconds']:.0f} |"
+        )
+    return lines
+
+
 def draw_roofline(path: Path) -> None:
     import matplotlib
 
@@ -647,6 +693,8 @@ def main() -> None:
         "kernels-step": step,
         "kernels-codebook": codebook,
         "kernels-compiled": compiled,
+        "scale-steps": scale_steps,
+        "scale-dry": scale_dry,
     }
     text = README.read_text(encoding="utf-8")
     for name, make in tables.items():
