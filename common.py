@@ -9,6 +9,7 @@ import argparse
 import errno
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -142,7 +143,8 @@ def add_arguments(parser: Parser, stage: str, steps: int, batch_size: int, lr: f
     parser.add_argument(
         "--seed", type=seed_int, default=0, help="of everything random in training (default: %(default)s)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps", "split"), default="auto", help="split: the "
+                        "LLM's layers over all GPUs (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the LLM (default: %(default)s)"
     )
@@ -174,6 +176,8 @@ def finish_arguments(parser: Parser) -> argparse.Namespace:
             f"--batch-size {args.batch_size} is {args.batch_size // args.micro_batch_size} micro-batches of "
             f"{args.micro_batch_size}: too few for {processes} processes"
         )
+    if args.device == "split" and processes > 1:
+        parser.error("--device split is one process that has all GPUs: start it with python, not torchrun")
     if args.lr > 100:
         parser.error(f"argument --lr: {args.lr:g} only diverges; Adam's useful range is about 1e-5 to 1e-2")
     if args.eval_only and Path(args.eval_only).resolve() == Path(args.out).resolve():
@@ -313,8 +317,11 @@ def add_up(parameters: Iterable[Tensor], values: list[float]) -> list[float]:
 
 
 def pick_device(name: str) -> tuple[torch.device, str]:
-    """(device, why). `auto` takes CUDA, else the CPU; MPS only when asked for, since it has been silently wrong."""
-    if name == "auto":
+    """(device, why). `auto` takes CUDA, else the CPU; MPS only when asked for, since it has been silently wrong.
+
+    With `split` it is the device of what is not a layer of the LLM: codes, adapters, batches, logits.
+    """
+    if name in ("auto", "split"):
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device()), f"CUDA: {torch.cuda.get_device_name()}"
         return torch.device("cpu"), f"no CUDA device; {torch.get_num_threads()} threads"
@@ -436,11 +443,16 @@ def find_model(name: str) -> Path:
         ) from None
 
 
-def load_reader(name: str, device: torch.device, dtype: torch.dtype, checkpointing: bool = False) -> Reader:
+def load_reader(
+    name: str, device: torch.device, dtype: torch.dtype, checkpointing: bool = False, split: bool = False
+) -> Reader:
     """Load and freeze a causal LM from safetensors; code from the hub is never run. checkpointing: `checkpoint_layers`.
 
-    Raises UserError for a directory without config, weights or tokenizer, and for weights that do not load.
+    split: its layers over all GPUs, by accelerate, which moves what goes from one to the next. Raises UserError for a
+    directory without config, weights or tokenizer, and for weights that do not load or do not fit.
     """
+    if split and importlib.util.find_spec("accelerate") is None:
+        raise UserError("--device split needs accelerate, which moves data between the GPUs: pip install accelerate")
     directory = find_model(name)
     files = {path.name for path in directory.iterdir()}
     if "config.json" not in files:
@@ -465,6 +477,7 @@ def load_reader(name: str, device: torch.device, dtype: torch.dtype, checkpointi
             use_safetensors=True,
             dtype=dtype,
             output_loading_info=True,
+            device_map="auto" if split else None,
         )
     except Exception as error:
         if is_out_of_memory(error):
@@ -477,10 +490,17 @@ def load_reader(name: str, device: torch.device, dtype: torch.dtype, checkpointi
     # greedy means greedy: a repetition penalty from the model's own file would punish copying, but only from text
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.requires_grad_(False)  # frozen: only what a stage builds itself is ever trained
-    model.eval().to(device)
+    model.eval()
+    if split:
+        if torch.cuda.is_available() and {"cpu", "disk"} & set(model.hf_device_map.values()):
+            gpus = f"{torch.cuda.device_count()} GPU(s)"
+            raise UserError(f"--device split: {name} does not fit into the memory of {gpus}; --dry-run says what would")
+    else:
+        model.to(device)
     if checkpointing:
         checkpoint_layers(model)
     table = embedding_table(model)
+    device = table.device if split else device
     if tokenizer.vocab_size > len(table):  # fewer is common: tables are padded
         raise UserError(
             f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens and its embeddings {len(table)}: "
@@ -508,10 +528,11 @@ def checkpoint_layers(model: torch.nn.Module, on: bool = True) -> None:
                 forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
             )
 
+        twice.once = forward
         return functools.wraps(forward)(twice)
 
     for layer in layers:
-        vars(layer).pop("forward", None)  # of an earlier call: what is left is the method of the class
+        layer.forward = getattr(layer.forward, "once", layer.forward)  # as it was before an earlier call
         if on:
             layer.forward = checkpointed(layer.forward)
 
@@ -862,7 +883,9 @@ def truncated_prompt(reader: Reader, row: dict, max_tokens: int) -> Prompt:
 
 
 def check_questions(reader: Reader, data: Data) -> None:
-    """Raises UserError now, not in mid-training, if a question alone does not fit into the LLM's context."""
+    """Print how prompts look. Raises UserError now, not in mid-training, if a question alone does not fit."""
+    if data.kind == "qa":
+        print(f"prompt of {reader.name}: {as_prompt(reader, PROMPT)!r}")
     for row in itertools.chain(data.train or [], data.validation, data.test):
         if data.kind == "qa" and 2 * len(row["question"].encode()) > reader.prompt_tokens:  # a token is at least a byte
             make_prompt(reader, "", row["question"])
@@ -1009,7 +1032,7 @@ def answer_logits(reader: Reader, batch: Batch, embeddings: Tensor, states: bool
         inputs_embeds=embeddings.to(reader.dtype),
         attention_mask=batch.attention,
         use_cache=False,
-        logits_to_keep=columns,
+        logits_to_keep=columns.cpu(),  # an index on the CPU meets a last layer on any device
         output_hidden_states=states,
     )
     logits = output.logits[labelled[:, columns]].float()  # of [B, columns, V]

@@ -385,6 +385,15 @@ def pca_seconds(vocabulary: int, d: int) -> float:
     return vocabulary * a_token * (d / small) ** 2 + eigenvectors * (d / small) ** 3
 
 
+def several_gpus(need: float) -> list[tuple[str, str, str]]:
+    """The row that says how many GPUs hold what none holds alone."""
+    counts = {card: math.ceil(need / (ROOM * memory)) for card, memory in list(CARDS.items())[-2:]}
+    if min(counts.values()) == 1:
+        return []
+    many = " or ".join(f"{count} of {card}" for card, count in counts.items())
+    return [("--device split", many, "at least, with checkpointing: the LLM's layers over several GPUs")]
+
+
 def dry_run(args, dtype: torch.dtype) -> dict:
     """Print what stage 1 needs of a GPU and of the host for this model, and return it. args: stage 1's."""
     ways = {name: trace(args, dtype, on) for name, on in (("without", False), ("with", True))}
@@ -413,6 +422,7 @@ def dry_run(args, dtype: torch.dtype) -> dict:
         ("training", gigabytes(shape["training_bytes"]), f"checkpointing: {gigabytes(ways['with']['training_bytes'])}"),
         ("evaluation", gigabytes(shape["evaluation_bytes"]), f"keys and values of {2 * rows} prompts, identity wire"),
         ("fits a GPU of", ", ".join(fits["without"]), f"checkpointing: {', '.join(fits['with'])}"),
+        *several_gpus(needs["with"]),
         ("not made", gigabytes(shape["logits_everywhere"]), "float32 logits at every position"),
         ("FLOPs of a micro-batch", f"{shape['flops'] / 1e12:.1f} T", "a third more with checkpointing"),
         ("PCA", f"{seconds:.0f} s", "once, on this machine's CPU"),

@@ -237,13 +237,14 @@ def main() -> None:
     if saved_config:
         args.seed = saved_config["arguments"]["seed"]
     device, device_reason = common.pick_device(args.device)
+    split = args.device == "split"
     common.seed_everything(args.seed, device)
     dtype, dtype_reason = common.pick_dtype(args.dtype, device)
     print(
         f"device {device.type} ({device_reason}), dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
         flush=True,
     )
-    reader = common.load_reader(args.model, device, dtype, args.gradient_checkpointing)
+    reader = common.load_reader(args.model, device, dtype, args.gradient_checkpointing, split)
     common.check_fingerprint(reader, saved_config, args.eval_only)
     vocabulary, d = reader.table.shape
     data = common.load_data(args.data, reader, args.eval_examples)

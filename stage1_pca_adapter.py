@@ -60,6 +60,8 @@ def parse_arguments():
     args.shape_only = args.dry_run or args.random_weights is not None
     if args.shape_only and (args.eval_only or args.resume or args.data not in (None, "tiny")):
         parser.error("--dry-run and --random-weights have no data: drop --data, --resume and --eval-only")
+    if args.random_weights is not None and args.device == "split":
+        parser.error("--random-weights measures one device: drop --device split")
     if args.kd_weight is not None and not (math.isfinite(args.kd_weight) and args.kd_weight >= 0):
         parser.error(f"argument --kd-weight: must be a number of at least 0, not {args.kd_weight}")
     return args
@@ -227,13 +229,14 @@ def main() -> None:
     if saved_config:
         args.seed = saved_config["arguments"]["seed"]
     device, device_reason = common.pick_device(args.device)
+    split = args.device == "split"
     common.seed_everything(args.seed, device)
     dtype, dtype_reason = common.pick_dtype(args.dtype, device)
     print(
         f"device {device.type} ({device_reason}), dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
         flush=True,
     )
-    reader = common.load_reader(args.model, device, dtype, args.gradient_checkpointing)
+    reader = common.load_reader(args.model, device, dtype, args.gradient_checkpointing, split)
     common.check_fingerprint(reader, saved_config, args.eval_only)
     vocabulary, d = reader.table.shape
     k = args.code_dim if args.code_dim is not None else max(1, d // 8)

@@ -320,6 +320,7 @@ def main() -> None:
     if args.smoke and not args.eval_only:
         args.llm_steps = min(args.llm_steps, 4)
     device, device_reason = common.pick_device(args.device)
+    split = args.device == "split"
     common.seed_everything(args.seed, device)
     dtype, dtype_reason = common.pick_dtype(args.dtype, device)
     print(
@@ -344,7 +345,7 @@ def main() -> None:
             raise common.UserError(
                 f"{args.stage1} sends each token's RMS; stage 2 starts from a wire with --rms constant"
             )
-    reader = common.load_reader(args.model, device, dtype, args.gradient_checkpointing)
+    reader = common.load_reader(args.model, device, dtype, args.gradient_checkpointing, split)
     common.check_fingerprint(reader, stage1_config, args.eval_only or args.stage1)
     vocabulary, d = reader.table.shape
     data = common.load_data(args.data, reader, args.eval_examples)

@@ -786,7 +786,8 @@ def receive_once(args) -> None:
     codec = Codec(tensors, config["without"], torch.device("cpu"))
     codec.text(message)  # refused before an LLM is loaded
     device, _ = common.pick_device(args.device)
-    reader = common.load_reader(args.model or config["model"], device, common.pick_dtype(args.dtype, device)[0])
+    dtype, _ = common.pick_dtype(args.dtype, device)
+    reader = common.load_reader(args.model or config["model"], device, dtype, split=args.device == "split")
     entry = entry_of(config["receivers"], reader, name)
     receiver = load_receiver(tensors, entry, reader, name)
     wire = Wire(codec, receiver, codec.text(message)[1])
@@ -893,6 +894,7 @@ def main() -> None:
     if args.eval_only:
         args.seed = saved_config["arguments"]["seed"]
     device, device_reason = common.pick_device(args.device)
+    split = args.device == "split"
     common.seed_everything(args.seed, device)
     dtype, dtype_reason = common.pick_dtype(args.dtype, device)
     print(
@@ -907,12 +909,12 @@ def main() -> None:
         if direct:  # one LLM at a time; the sender's own, or the only one that has been trained
             able = [entry["model"] for entry in receivers if "direct" in entry]
             names = [args.model or (able[0] if args.eval_only and able else receivers[0]["model"])]
-        readers = [common.load_reader(name, device, dtype, args.gradient_checkpointing) for name in names]
+        readers = [common.load_reader(name, device, dtype, args.gradient_checkpointing, split) for name in names]
         chosen = [entry_of(receivers, reader, base) for reader in readers]
         stage2_sha256 = hashlib.sha256((Path(base) / "wire.safetensors").read_bytes()).hexdigest()  # what it stands on
     else:
         chosen, stage2_sha256 = add_receivers(args.stage2, tensors, receivers)
-        readers = [common.load_reader(entry["model"], device, dtype) for entry in receivers]
+        readers = [common.load_reader(entry["model"], device, dtype, split=split) for entry in receivers]
         for entry, reader in zip(receivers, readers, strict=True):
             common.check_fingerprint(reader, entry, entry["stage2"])
         if receivers[0]["adapter"] != "codebook":
@@ -921,7 +923,7 @@ def main() -> None:
             )
         tensors |= spelling_tensors(pieces_of(readers[0]))
         if args.model:  # one receiver is measured; what is trained does not depend on it
-            chosen = [entry_of(receivers, common.load_reader(args.model, device, dtype), "--stage2")]
+            chosen = [entry_of(receivers, common.load_reader(args.model, device, dtype, split=split), "--stage2")]
     datas = [common.load_data(args.data, reader, args.eval_examples) for reader in readers]
     for reader, data in zip(readers, datas, strict=True):
         common.check_questions(reader, data)

@@ -1,7 +1,9 @@
 """Any causal LM: random models of the families that people have, each through the stages that fit it."""
 
 import json
+import shutil
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -42,6 +44,12 @@ ARCHITECTURES = {
 QUICK = ("--steps", "2", "--batch-size", "2", "--eval-examples", "3")
 
 
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def llm(request, tmp_path_factory):
     """Every other family with a byte-fallback tokenizer and a start token, the others with byte-level BPE and none."""
@@ -65,8 +73,21 @@ def test_embeddings_give_the_logits_of_ids(llm):
 
 
 def test_the_stages_run(llm, tmp_path):
+    run_the_stages(llm, tmp_path)
+
+
+def test_the_stages_run_on_a_chat_model(random_llm, tmp_path):
+    llm = shutil.copytree(random_llm, tmp_path / "chat")
+    (llm / "chat_template.jinja").write_text(TEMPLATE)
+    said = run_the_stages(llm, tmp_path)
+    assert f"<|user|>\\n{common.INSTRUCTION}\\n\\n{{context}}\\nQuestion: {{question}}\\n<|assistant|>" in said
+
+
+def run_the_stages(llm, tmp_path):
+    """All four stages, one on the other; returns what stage 1 printed."""
     run = run_stage(stage1, "--model", llm, *QUICK, "--code-dim", "8", "--out", tmp_path / "1")
     assert run.code == 0, run.stderr
+    said = run.stdout
     controls = json.loads((tmp_path / "1" / "config.json").read_text())["controls"]
     assert controls["identity_same_answers"] == 3  # the identity wire reads as the text does
     assert abs(run.result["nll_wire"] - run.result["nll_text"]) < 1.0
@@ -85,6 +106,7 @@ def test_the_stages_run(llm, tmp_path):
     assert run.code == 0, run.stderr
     run = run_stage(stage0, "--model", llm, *QUICK, "--out", tmp_path / "0")
     assert run.code == 0, run.stderr
+    return said
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
@@ -114,3 +136,78 @@ def test_checkpointing_changes_no_gradient(llm):
         saved.clear()
         assert torch.equal(gradient(), kept)
     assert twice != sum(saved)
+
+
+def test_layers_on_several_devices_change_no_gradient_and_no_answer(llm, monkeypatch):
+    """accelerate's hooks, which --device split lives from, around every part of the LLM; here all devices are one."""
+    reader = common.load_reader(str(llm), torch.device("cpu"), torch.float32)
+    data = common.load_data("tiny", reader, 4)
+    batch = common.make_batch(reader, data.train_rows(0, 0, 2))
+    prompts = [common.make_prompt(reader, row["context"], row["question"]).ids for row in data.test]
+
+    def gradient_and_answers():
+        embeddings = reader.table[batch.ids].requires_grad_()
+        logits, states = common.answer_logits(reader, batch, embeddings, states=True)
+        (logits.square().sum() + sum(state.square().sum() for state in states)).backward()
+        return embeddings.grad, common.generate(reader, prompts, 2)
+
+    gradient, answers = gradient_and_answers()
+    layers = [
+        name for name, part in reader.model.named_modules() if isinstance(part, common.GradientCheckpointingLayer)
+    ]
+    parts = dict.fromkeys(layers, "cpu")  # and what is in no layer
+    for name, part in reader.model.named_modules():
+        if (part._parameters or part._buffers) and not name.startswith(tuple(f"{layer}." for layer in layers)):
+            parts[name] = "cpu"
+    accelerate.dispatch_model(reader.model, parts, force_hooks=True)
+    hook, seen = accelerate.hooks.AlignDevicesHook, set()
+    move = hook.pre_forward
+    monkeypatch.setattr(hook, "pre_forward", lambda self, part, *a, **b: seen.add(part) or move(self, part, *a, **b))
+    through = []
+    for on in (False, True):
+        common.checkpoint_layers(reader.model, on)
+        seen.clear()
+        again, same_answers = gradient_and_answers()
+        assert torch.equal(again, gradient) and same_answers == answers
+        through.append(set(seen))
+    assert through[0] == through[1] and {reader.model.get_submodule(name) for name in parts} <= through[0]
+
+
+def test_split_is_the_run_of_one_device(random_llm, tmp_path):
+    runs = {}
+    for device in ("cpu", "split"):
+        out = tmp_path / device
+        flags = ("--model", random_llm, *QUICK, "--code-dim", "8", "--gradient-checkpointing", "--dtype", "float32")
+        run = run_stage(stage1, *flags, "--device", device, "--out", out)
+        assert run.code == 0, run.stderr
+        runs[device] = {key: value for key, value in run.result.items() if not key.endswith("_seconds")}
+    assert runs["split"] == runs["cpu"]
+
+
+def test_split_refuses_what_it_cannot_do(random_llm, tmp_path, monkeypatch):
+    flags = ("--model", random_llm, "--smoke", "--device", "split", "--out", tmp_path / "out")
+
+    def refused(*more):
+        run = run_stage(stage1, *flags, *more)
+        assert run.code == 2 and run.stderr.count("\n") == 1
+        return run.stderr
+
+    assert "drop --device split" in refused("--random-weights", "1")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setattr(common, "join_processes", lambda: False)
+        assert "not torchrun" in refused("--batch-size", "8")
+    with monkeypatch.context() as patch:
+        patch.setattr(common.importlib.util, "find_spec", lambda name: None)
+        assert "pip install accelerate" in refused()
+
+    def too_large(directory, **options):  # as accelerate places a model that is larger than the GPUs
+        model, loaded = load(directory, **options)
+        model.hf_device_map = {"model.layers.0": 0, "lm_head": "disk"}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        return model, loaded
+
+    load = common.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(common.AutoModelForCausalLM, "from_pretrained", too_large)
+    assert "does not fit into the memory of" in refused()
+    assert not (tmp_path / "out").exists()
