@@ -6,6 +6,7 @@ Letters: N tokens, B batch, T padded length, L tokens of a prompt, V vocabulary,
 """
 
 import argparse
+import contextlib
 import errno
 import functools
 import hashlib
@@ -394,6 +395,11 @@ class Reader:
         return self.context_tokens - MAX_NEW_TOKENS
 
     @functools.cached_property
+    def values(self) -> Tensor:
+        """[V, d] the table in the LLM's own dtype, which holds its numbers exactly: what a codebook blends."""
+        return self.table.to(self.dtype)
+
+    @functools.cached_property
     def spelling(self) -> "Spelling":
         return Spelling.of(self.tokenizer)
 
@@ -468,6 +474,9 @@ def load_reader(
     if not files & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         raise UserError(f"--model {name}: {directory} has no tokenizer (tokenizer.json)")
     transformers.utils.logging.disable_progress_bar()  # stderr is for errors
+    if not (split and device.type == "cuda"):  # over several GPUs accelerate has the say
+        remedy = "use --dtype bfloat16 or a smaller model" if dtype == torch.float32 else "use a smaller model"
+        check_memory(f"--model {name}: its weights take", weight_bytes(directory, dtype), device, remedy)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -507,7 +516,98 @@ def load_reader(
             "the tokenizer is another model's"
         )
     context_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-    return Reader(name, model, tokenizer, table, context_tokens, fingerprint(model), device, dtype)
+    reader = Reader(name, model, tokenizer, table, context_tokens, fingerprint(model), device, dtype)
+    check_embeddings(reader)
+    return reader
+
+
+def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights in this dtype, from the headers of its *.safetensors; 0 if they cannot be read."""
+    index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    total = 0
+    try:
+        if index.exists():
+            files = {directory / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        else:
+            files = {whole} if whole.exists() else set(directory.glob("*.safetensors"))
+        for path in files:
+            with safetensors.safe_open(path, "pt") as file:
+                total += dtype.itemsize * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    except (OSError, ValueError, KeyError, AttributeError, safetensors.SafetensorError):
+        return 0  # what is wrong with them is said when they are loaded
+    return total
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still have: of the GPU, or of the machine and its container; None if not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found, group, unknown = [], Path("/sys/fs/cgroup"), (OSError, ValueError, IndexError)
+    if device.type == "cpu":
+        with contextlib.suppress(*unknown):
+            found.append(1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
+        with contextlib.suppress(*unknown):  # the limit is a word where there is none
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            cached = int((group / "memory.stat").read_text().split("\nfile ")[1].split()[0])  # given back when needed
+            found.append(limit - used + cached)
+    return min(found, default=None)
+
+
+def check_memory(what: str, need: float, device: torch.device, remedy: str) -> None:
+    """Raises UserError where so many bytes are not free: a machine that runs out of memory ends a process unheard."""
+    free = free_memory(device)
+    if free is not None and need > free:
+        have = f"{free / 1e9:.1f} GB of memory are free ({device.type})"
+        raise UserError(f"{what} {need / 1e9:.1f} GB, and {have}: {remedy}; --dry-run says what fits where")
+
+
+@torch.inference_mode()
+def check_embeddings(reader: Reader) -> None:
+    """See that a wire can be put before this LLM. Raises UserError.
+
+    It must read a token's embedding as it reads the token, masked padding as nothing, no token before its turn, and
+    also what is no token's embedding. Most causal LMs do; some look up more than one embedding for a token.
+    """
+    model, kind = reader.model, f"--model {reader.name}: a {type(reader.model).__name__}"
+    ids = torch.tensor(tokenize(reader, as_prompt(reader, PROMPT))[: min(64, reader.prompt_tokens)])
+    ids = ids.to(reader.device)  # [L]
+    prompts = ids.repeat(2, 1)  # the second is two tokens shorter
+    behind, before = torch.ones_like(prompts), torch.ones_like(prompts)
+    behind[1, -2:], before[1, :2] = 0, 0
+    embeddings = reader.table[prompts]  # [2, L, d]
+    embeddings[1, -2:] = embeddings[0].mean(0)  # padding
+    columns = torch.arange(1, len(ids))
+
+    def logits(**inputs) -> Tensor:
+        output = model(**inputs, attention_mask=behind, use_cache=False, logits_to_keep=columns)
+        return output.logits.float()  # [2, L-1, V]
+
+    def alike(a: Tensor, b: Tensor, difference: float) -> bool:
+        return bool((a - b).norm() <= difference * b.norm())
+
+    try:
+        from_ids, found = logits(input_ids=prompts), logits(inputs_embeds=embeddings.to(reader.dtype))
+        settings = dict(max_new_tokens=2, do_sample=False, pad_token_id=0, output_logits=True)
+        answers = model.generate(
+            inputs_embeds=torch.stack([embeddings[0], embeddings[1].roll(2, 0)]).to(reader.dtype),
+            attention_mask=before, generation_config=GenerationConfig(**settings, return_dict_in_generate=True),
+        )  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        line = str(error).strip().split("\n")[0][:160]
+        raise UserError(f"{kind} does not run from embeddings alone: {line}") from None
+    if found.shape[1] != len(columns):
+        raise UserError(f"{kind} makes logits at every position, whatever is asked for")
+    if not torch.isfinite(from_ids).all():
+        raise UserError(f"{kind} makes logits that are not numbers: its weights are damaged, or not for {reader.dtype}")
+    slack = 0.01 if reader.dtype == torch.float32 else 0.2  # a router may waver between two experts
+    if not alike(found[0], from_ids[0], slack):
+        raise UserError(f"{kind} reads more of a token than its embedding, and a wire carries only that")
+    if not alike(found[1, :-2], found[0, :-2], slack):
+        raise UserError(f"{kind} looks at tokens that come later: it is no causal LM")
+    if not alike(answers.logits[0].float(), found[0, [-1, -3]], slack):
+        raise UserError(f"{kind} does not pass over masked padding, so prompts cannot be answered in batches")
 
 
 def checkpoint_layers(model: torch.nn.Module, on: bool = True) -> None:
@@ -1398,6 +1498,8 @@ def read_checkpoint(path: Path) -> dict:
     text = metadata.get("checkpoint", "")
     if metadata.get("sha256") != digest_of(tensors, text):
         raise ValueError("damaged")
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError("it holds something that is not a number")
 
     def restored(value):
         ((kind, inner),) = value.items()
@@ -1421,10 +1523,12 @@ def load_checkpoint(path: Path, arguments: dict, llm_fingerprint: str) -> dict:
         saved = read_checkpoint(path)
         made_with, made_for = saved["arguments"], saved["fingerprint"]
     except Exception as error:
-        reason = "damaged" if str(error) == "damaged" else type(error).__name__
+        reason = str(error) if type(error) is ValueError else type(error).__name__
         raise UserError(
             f"--resume: {path} is not a whole checkpoint of this program ({reason}); start without --resume"
         ) from None
+    if made_with.keys() != arguments.keys():
+        raise UserError(f"--resume: {path} was made by another stage, or another version of it; start without --resume")
     for key, value in arguments.items():
         elsewhere = ("device", "micro_batch_size", "gradient_checkpointing", "eval_examples")
         if key not in elsewhere and made_with.get(key) != value:
@@ -1500,6 +1604,8 @@ class Guard:
 
     def close(self) -> None:
         """Training is over: signals do what they did before."""
+        if self.skipped:
+            print(f"note: {self.skipped} of {self.steps} steps were skipped", flush=True)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -1549,13 +1655,20 @@ def load_wire(name: str, stage: str, config_keys: tuple[str, ...], tensor_keys: 
 
 
 def load_module(module: torch.nn.Module, prefix: str, tensors: dict[str, Tensor], wire: str) -> None:
-    """Load the tensors of a wire whose names start with `prefix`. Raises UserError if they do not fit the module."""
-    try:
-        module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-    except RuntimeError:
-        raise UserError(
-            f"{wire}: wire.safetensors does not fit its config.json; it may be from another version"
-        ) from None
+    """Load the tensors of a wire whose names start with `prefix`. Raises UserError naming one that does not fit."""
+
+    def described(tensor: Tensor | None) -> str:
+        return "not there" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    expected = module.state_dict()
+    for name in [*expected, *sorted(found.keys() - expected.keys())]:
+        is_, should_be = described(found.get(name)), described(expected.get(name))
+        if is_ != should_be:
+            raise UserError(
+                f"{wire}: {prefix}{name} in wire.safetensors is {is_}, and with its config.json should be {should_be}"
+            )
+    module.load_state_dict(found)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import common
 import stage1_pca_adapter as stage1
@@ -100,8 +100,20 @@ def random_wire(reader: common.Reader, k: int, kind: str) -> stage1.Wire:
     pca = common.PCA(reader.table.mean(0), components, torch.ones(d, dtype=torch.float64))
     wire = stage1.Wire(reader, pca, "constant", reader.table.square().mean().sqrt())
     counts = torch.ones(len(reader.table), device=device)
-    wire.adapter = stage1.Adapter(kind, pca, reader.table, wire.codes, counts).to(device)
+    wire.adapter = stage1.Adapter(kind, pca, reader.values, wire.codes, counts).to(device)
     return wire
+
+
+@register_flop_formula(torch.ops.latentwire.adapt)
+def adapt_flops(codes, weight, bias, target, ids=None, *args, **kwargs) -> int:
+    """The matmul [N,k] by [k,d]. Arguments: those of `kernels.adapter`, as shapes."""
+    return 2 * (ids or codes)[0] * weight[0] * weight[1]
+
+
+@register_flop_formula(torch.ops.latentwire.adapt_backward)
+def adapt_backward_flops(g, out, codes, weight, bias, target, scale, ids, gram, codes_too, weight_too, *args, **kwargs):
+    """The matmuls of the gradients that are wanted, formed from dL/dy."""
+    return (codes_too + weight_too) * 2 * g[0] * weight[0] * weight[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,6 +195,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
     """Time and memory of training steps of a model with random weights; prints a table. args: stage 1's."""
+    need = trace(args, dtype, args.gradient_checkpointing)["training_bytes"]
+    remedy = (
+        "time fewer layers (--random-weights LAYERS) or use --dtype bfloat16, --gradient-checkpointing or a smaller"
+    )
+    common.check_memory(f"--model {args.model}: a step takes", need, device, f"{remedy} --micro-batch-size")
     reader = random_reader(args.model, args.random_weights or None, device, dtype)
     vocabulary, d = reader.table.shape
     k, layers = args.code_dim or max(1, d // 8), reader.model.config.get_text_config().num_hidden_layers
@@ -302,7 +319,7 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
         codes = torch.zeros(V, k)
 
         def adapter_of(kind: str) -> stage1.Adapter:
-            return stage1.Adapter(kind, pca, reader.table, codes, torch.ones(V))
+            return stage1.Adapter(kind, pca, reader.values, codes, torch.ones(V))
 
         adapter, controls = adapter_of(args.adapter), [adapter_of(args.adapter), adapter_of("linear")]
         if checkpointing:
@@ -342,7 +359,7 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
         cache = 2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize  # of one position
         held = {
             "weights": size(reader.model),
-            "embedding table": reader.table.numel() * 4,
+            "embedding table": reader.table.numel() * (4 + (dtype.itemsize if dtype != torch.float32 else 0)),
             "codes and adapters": codes.numel() * 4 + size(adapter, *controls),
             "optimiser": 8 * trained,
         }
@@ -414,7 +431,7 @@ def dry_run(args, dtype: torch.dtype) -> dict:
         ("parameters", f"{shape['parameters'] / 1e9:.3f} B", f"{shape['layers']} layers, d {shape['d']}, V "
          f"{shape['vocabulary']}; trained: {shape['trained_parameters'] / 1e6:.2f} M ({args.adapter}, k {shape['k']})"),
         ("weights", gigabytes(held["weights"]), f"{str(dtype).removeprefix('torch.')}, frozen: no gradients"),
-        ("embedding table", gigabytes(held["embedding table"]), "float32"),
+        ("embedding table", gigabytes(held["embedding table"]), "float32, and as the LLM reads it"),
         ("codes and adapters", gigabytes(held["codes and adapters"]), "float32; the trained one, and two controls"),
         ("optimiser", gigabytes(held["optimiser"]), "AdamW, of the adapter alone"),
         ("activations", gigabytes(step["without"]), f"{rows} x {length} tokens at once, gradients included"),

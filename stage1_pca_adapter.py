@@ -100,12 +100,13 @@ class Adapter(nn.Module):
     HIDDEN = 512
 
     def __init__(self, kind: str, pca: common.PCA, table: Tensor, codes: Tensor, counts: Tensor):
-        """table: [V,d] frozen embeddings; codes: [V,k] their codes; counts: [V] of the training split."""
+        """table: [V,d] frozen embeddings as the LLM reads them, in its dtype; codes: [V,k] their codes; counts: [V] of
+        the training split."""
         super().__init__()
         k, d = codes.shape[1], table.shape[1]
         share = counts / counts.sum()
         code_scale = (share @ codes.square()).mean().sqrt()
-        table_rms = (share @ table.square()).mean().sqrt()
+        table_rms = (share @ table.float().square()).mean().sqrt()
         self.kind = kind
         self.register_buffer("code_scale", code_scale)
         if kind == "codebook":
@@ -127,7 +128,9 @@ class Adapter(nn.Module):
             # |z - key|^2 less |z|^2, which is the same for all keys and so drops out of the softmax
             distance = self.keys.square().sum(1) - 2 * z @ self.keys.T  # [N,V]
             blend = torch.softmax(-0.5 * self.log_sharpness.exp() * distance, dim=-1)
-            return adapt(blend, self.table, self.table.new_zeros(self.table.shape[1]), target_rms)
+            # [N,V] by [V,d] is most of the adapter's work: in the LLM's dtype, on a GPU bfloat16, for speed
+            table = self.table
+            return adapt(blend.to(table.dtype), table, table.new_zeros(table.shape[1]), target_rms).float()
         if self.kind == "mlp":
             z = torch.cat([z, F.gelu(self.hidden(z))], dim=1)  # [N, k+512]
             return adapt(z, torch.cat([self.weight, self.weight2]), self.bias, target_rms)
@@ -267,9 +270,11 @@ def main() -> None:
             raise common.UserError(f"{args.eval_only}: its components are {list(pca.components.shape)}, not [{d}, {k}]")
     variance = (share @ (reader.table - share @ reader.table).square()).mean()  # of an embedding number, for the loss
     wire = Wire(reader, pca, args.rms, constant_rms)
-    untrained = Adapter("linear", pca, reader.table, wire.codes, counts).to(device)
-    adapter = Adapter(args.adapter, pca, reader.table, wire.codes, counts).to(device)
-    start = Adapter(args.adapter, pca, reader.table, wire.codes, counts).to(device)  # stays so: what does training add?
+    untrained = Adapter("linear", pca, reader.values, wire.codes, counts).to(device)
+    adapter = Adapter(args.adapter, pca, reader.values, wire.codes, counts).to(device)
+    start = Adapter(args.adapter, pca, reader.values, wire.codes, counts).to(
+        device
+    )  # stays so: what does training add?
     if args.eval_only:
         common.load_module(adapter, "adapter.", saved_tensors, args.eval_only)
     wire.adapter = adapter
@@ -363,7 +368,7 @@ def main() -> None:
         untrained_wire.adapter = start
         start_score, _ = control(untrained_wire)
     identity_wire = Wire(reader, full_pca, "sent", constant_rms, code_format="<f4")  # k = d: must read like text
-    identity_wire.adapter = Adapter("linear", full_pca, reader.table, identity_wire.codes, counts).to(device)
+    identity_wire.adapter = Adapter("linear", full_pca, reader.values, identity_wire.codes, counts).to(device)
     identity_score, identity_answers = control(identity_wire)
     same = sum(answer == record["text"] for answer, record in zip(identity_answers, records, strict=False))
     metrics |= {

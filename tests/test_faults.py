@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -33,14 +34,20 @@ def train(out: str, flags: tuple[str, ...]) -> None:
     common.run(stage1.main)
 
 
+def train_with_little_room(out: str, flags: tuple[str, ...]) -> None:
+    """The same, where no file gets larger than 40 kB: a write fails half-way, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    train(out, flags)
+
+
 @pytest.fixture(scope="module")
 def start():
     """Start `train` in a process that need not import torch first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stage1_pca_adapter"])
 
-    def start(out: Path, *flags: str):
-        process = context.Process(target=train, args=(str(out), tuple(map(str, flags))))
+    def start(out: Path, *flags: str, target=train):
+        process = context.Process(target=target, args=(str(out), tuple(map(str, flags))))
         process.start()
         return process
 
@@ -115,6 +122,26 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(start, random_ll
     assert_same_run(out, unbroken)
 
 
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last_one(start, random_llm, unbroken, tmp_path):
+    out, flags = tmp_path / "out", ("--model", random_llm, *FLAGS)
+    process = start(out, *flags)
+    wait_for_checkpoint(out, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 143, (out / "stderr").read_text()
+    last = (out / "checkpoint.safetensors").read_bytes()
+    assert len(last) > 40_000  # so that the next one does not fit
+    process = start(out, *flags, "--resume", target=train_with_little_room)
+    process.join()
+    line = (out / "stderr").read_text()
+    assert process.exitcode == 2 and line.count("\n") == 1 and f"{out / 'checkpoint.safetensors'}" in line, line
+    assert (out / "checkpoint.safetensors").read_bytes() == last and not list(out.glob("*.tmp"))
+    process = start(out, *flags, "--resume")
+    process.join()
+    assert process.exitcode == 0, (out / "stderr").read_text()
+    assert_same_run(out, unbroken)
+
+
 def test_a_second_run_in_the_same_directory_is_refused(start, random_llm, tmp_path):
     out = tmp_path / "out"
     process = start(out, "--model", random_llm, *FLAGS)
@@ -147,6 +174,7 @@ def test_a_step_whose_loss_is_no_number_is_skipped(tmp_path, random_llm, monkeyp
     run = run_stage(stage1, "--model", random_llm, *flags, "--out", tmp_path)
     assert run.code == 0, run.stderr
     assert [step for step in range(1, 9) if f"note: step {step} is skipped" in run.stdout] == [4, 5]
+    assert "note: 2 of 8 steps were skipped" in run.stdout
     saved = common.read_checkpoint(tmp_path / "checkpoint.safetensors")
     assert saved["guard"]["skipped"] == 2 and saved["guard"]["in_a_row"] == 0 and len(saved["guard"]["norms"]) == 6
     assert all(torch.isfinite(tensor).all() for tensor in saved["adapter"].values())
@@ -175,6 +203,39 @@ def test_a_gradient_far_above_all_others_is_skipped():
         assert again.state() == guard.state() and not again.accepts(1.0, 30.0, 103) and again.accepts(9.9, 1.0, 104)
     finally:
         guard.close()
+
+
+# --- not enough memory
+
+
+def test_weights_that_do_not_fit_into_memory_are_not_loaded(tmp_path, random_llm, monkeypatch):
+    need = common.weight_bytes(random_llm, torch.float32)
+    loaded = common.load_reader(str(random_llm), torch.device("cpu"), torch.float32)
+    assert need == sum(4 * p.numel() for p in loaded.model.parameters())
+    monkeypatch.setattr(common, "free_memory", lambda device: need - 1)
+    run = run_stage(stage1, "--model", random_llm, "--smoke", "--dtype", "float32", "--out", tmp_path / "out")
+    assert run.code == 2 and "its weights take" in run.stderr and "use --dtype bfloat16" in run.stderr
+    assert run.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    run = run_stage(stage1, "--model", random_llm, "--smoke", "--dtype", "bfloat16", "--out", tmp_path / "out")
+    assert run.code == 0, run.stderr  # half the bytes
+    run = run_stage(stage1, "--model", random_llm, "--random-weights", "--steps", "1")
+    assert run.code == 2 and "a step takes" in run.stderr and "--random-weights LAYERS" in run.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and /sys")
+def test_free_memory_is_the_machine_s_or_its_container_s(monkeypatch):
+    cpu, files = torch.device("cpu"), {}
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < common.free_memory(cpu) < total
+    monkeypatch.setattr(Path, "read_text", lambda path, *args, **kwargs: files[str(path)])
+    files |= {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
+    files |= {"/sys/fs/cgroup/memory.current": "3000000\n", "/sys/fs/cgroup/memory.stat": "anon 1\nfile 1000000\nx 1\n"}
+    assert common.free_memory(cpu) == 5000 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "4000000\n"
+    assert common.free_memory(cpu) == 4_000_000 - 3_000_000 + 1_000_000
+    del files["/proc/meminfo"], files["/sys/fs/cgroup/memory.max"]
+    monkeypatch.setattr(Path, "read_text", lambda path, *args, **kwargs: open(str(path) + "-gone").read())
+    assert common.free_memory(cpu) is None  # macOS, Windows
 
 
 # --- files that are not what they were
@@ -214,6 +275,19 @@ def test_a_checkpoint_comes_back_as_it_was_or_not_at_all(tmp_path):
         common.load_checkpoint(path, flags, "abc")
 
 
+def test_a_checkpoint_of_another_stage_or_with_something_that_is_no_number_is_refused(tmp_path):
+    path, flags = tmp_path / "checkpoint.safetensors", {"lr": 0.1}
+    payload = {"adapter": {"weight": torch.ones(3)}, "arguments": flags, "fingerprint": "abc"}
+    common.save_checkpoint(path, payload)
+    assert torch.equal(common.load_checkpoint(path, flags, "abc")["adapter"]["weight"], torch.ones(3))
+    with pytest.raises(common.UserError, match="another stage"):
+        common.load_checkpoint(path, flags | {"llm_steps": None}, "abc")
+    payload["adapter"]["weight"][1] = float("nan")
+    common.save_checkpoint(path, payload)
+    with pytest.raises(common.UserError, match="holds something that is not a number"):
+        common.load_checkpoint(path, flags, "abc")
+
+
 @pytest.mark.parametrize("wire", sorted(path.name for path in (HERE / "tiny" / "wires").iterdir()))
 def test_a_damaged_wire_is_refused(wire, tmp_path):
     stage = wire.split("-")[0]
@@ -230,6 +304,31 @@ def test_a_damaged_wire_is_refused(wire, tmp_path):
         (folder / "wire.safetensors").write_bytes(flipped)
         with pytest.raises(common.UserError):
             common.load_wire(str(folder), stage, (), ())
+
+
+@pytest.mark.parametrize(
+    ("change", "is_"),
+    (
+        (lambda tensors, name: tensors.update({name: tensors[name].double()}), "[1024, 24] float64"),
+        (lambda tensors, name: tensors.update({name: tensors[name][:, 1:].contiguous()}), "[1024, 23] float32"),
+        (lambda tensors, name: tensors.pop(name), "not there"),
+    ),
+)
+def test_a_tensor_of_a_wire_that_does_not_fit_is_named(change, is_, tmp_path):
+    tensors = safetensors.torch.load_file(SHIPPED / "wire.safetensors")
+    config = json.loads((SHIPPED / "config.json").read_text())
+    change(tensors, "adapter.keys")
+    common.save_wire(tmp_path, tensors, config)
+    run = run_stage(stage1, "--eval-only", tmp_path, "--smoke", "--out", tmp_path / "out")
+    expected = f"adapter.keys in wire.safetensors is {is_}, and with its config.json should be [1024, 24] float32"
+    assert run.code == 2 and expected in run.stderr and run.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_a_wire_does_not_know_is_named(tmp_path):
+    with pytest.raises(common.UserError, match=r"x\.more in wire.safetensors is \[2\] int64, .* should be not there"):
+        tensors = {"x.weight": torch.zeros(1, 1), "x.bias": torch.zeros(1), "x.more": torch.arange(2)}
+        common.load_module(torch.nn.Linear(1, 1), "x.", tensors, "wire")
 
 
 def test_a_wire_with_something_that_is_no_number_is_refused(tmp_path):

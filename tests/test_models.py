@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import accelerate
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import HERE, run_stage, save_random_llm
@@ -50,6 +53,41 @@ TEMPLATE = (
 )
 
 
+# mixtures of experts, states instead of attention, other positions, embeddings narrower than the layers
+MORE = {
+    "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4),
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "deepseek-v3": lambda: transformers.DeepseekV3Config(
+        **SMALL, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8,
+        v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
+        first_k_dense_replace=1,
+    ),
+    "qwen3-next": lambda: transformers.Qwen3NextConfig(
+        **SMALL, num_key_value_heads=2, head_dim=8, layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    ),
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    ),
+    "falcon, alibi": lambda: transformers.FalconConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, multi_query=False,
+        bos_token_id=1, eos_token_id=2,
+    ),
+    "gpt-j": lambda: transformers.GPTJConfig(
+        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=256, rotary_dim=4, bos_token_id=1, eos_token_id=2
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SMALL, num_key_value_heads=2),
+    "olmo2": lambda: transformers.Olmo2Config(**SMALL, num_key_value_heads=2),
+    "granite": lambda: transformers.GraniteConfig(**SMALL, num_key_value_heads=2, embedding_multiplier=12.0),
+    "opt-350m": lambda: transformers.OPTConfig(
+        **SMALL, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False
+    ),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def llm(request, tmp_path_factory):
     """Every other family with a byte-fallback tokenizer and a start token, the others with byte-level BPE and none."""
@@ -58,18 +96,34 @@ def llm(request, tmp_path_factory):
     return save_random_llm(directory, ARCHITECTURES[request.param](), HERE / "tiny" / tokenizer)
 
 
-def test_embeddings_give_the_logits_of_ids(llm):
-    reader = common.load_reader(str(llm), torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_embeddings_give_the_logits_of_ids(llm, dtype):
+    reader = common.load_reader(str(llm), torch.device("cpu"), dtype)
+    if "gemma2" not in str(llm):  # caps its attention scores, which the library's fused attention cannot
+        assert reader.model.config._attn_implementation == "sdpa"
     ids = torch.randint(V, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        torch.testing.assert_close(
-            reader.model(inputs_embeds=reader.table[ids]).logits, reader.model(input_ids=ids).logits
-        )
+        from_embeddings = reader.model(inputs_embeds=reader.table[ids].to(dtype)).logits
+        torch.testing.assert_close(from_embeddings, reader.model(input_ids=ids).logits, rtol=0, atol=0)
     rows = common.load_data("tiny", reader, 4).test
     prompts = [common.make_prompt(reader, row["context"], row["question"]).ids for row in rows]
     from_ids = common.generate(reader, prompts, 2)
     kept = {bytes(str(prompt), "ascii"): reader.table[prompt] for prompt in prompts}
     assert common.generate(reader, list(kept), 2, kept.__getitem__) == from_ids
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_families_read_and_answer_from_embeddings(name, tmp_path):
+    directory = save_random_llm(tmp_path / "llm", MORE[name](), HERE / "tiny" / "tiny-qwen")
+    reader = common.load_reader(str(directory), torch.device("cpu"), torch.float32, checkpointing=True)
+    data = common.load_data("tiny", reader, 4)
+    prompts = [common.make_prompt(reader, row["context"], row["question"]).ids for row in data.test]
+    kept = {bytes(str(prompt), "ascii"): reader.table[prompt] for prompt in prompts}
+    assert common.generate(reader, list(kept), 2, kept.__getitem__) == common.generate(reader, prompts, 1)
+    batch = common.make_batch(reader, data.train_rows(0, 0, 2))
+    embeddings = reader.table[batch.ids].requires_grad_()
+    common.answer_logits(reader, batch, embeddings).square().sum().backward()
+    assert (embeddings.grad.abs().sum(-1) > 0)[batch.sent].all()  # every token of a prompt bears on its answer
 
 
 def test_the_stages_run(llm, tmp_path):
@@ -107,6 +161,104 @@ def run_the_stages(llm, tmp_path):
     run = run_stage(stage0, "--model", llm, *QUICK, "--out", tmp_path / "0")
     assert run.code == 0, run.stderr
     return said
+
+
+# no wire can be put before these: (config, what is said, changes of the weights)
+UNFIT = {
+    "a second embedding for each token": (
+        lambda: transformers.Gemma4TextConfig(
+            **{**SMALL, "pad_token_id": 0}, num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=V,
+            hidden_size_per_layer_input=8, layer_types=["sliding_attention", "full_attention"],
+        ),
+        "does not run from embeddings alone",
+        None,
+    ),
+    "padding changes its state": (
+        lambda: transformers.RwkvConfig(
+            vocab_size=V, hidden_size=32, num_hidden_layers=2, context_length=256, bos_token_id=1, eos_token_id=2
+        ),
+        "does not pass over masked padding",
+        None,
+    ),
+    "no answers from embeddings": (
+        lambda: transformers.BambaConfig(
+            **{**SMALL, "pad_token_id": 0}, num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=8,
+            mamba_d_head=8, mamba_d_state=8,
+        ),
+        "does not run from embeddings alone",
+        None,
+    ),
+    "looks ahead": (
+        lambda: transformers.MegatronBertConfig(**SMALL, is_decoder=False),
+        "looks at tokens that come later",
+        None,
+    ),
+    "weights that are no numbers": (
+        lambda: transformers.LlamaConfig(**SMALL),
+        "makes logits that are not numbers",
+        lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", UNFIT)
+def test_an_llm_that_no_wire_fits_is_refused(why, tmp_path):
+    config, expected, change = UNFIT[why]
+    llm = save_random_llm(tmp_path / "llm", config(), HERE / "tiny" / "tiny-llama")
+    if change:
+        tensors = safetensors.torch.load_file(llm / "model.safetensors")
+        change(tensors)
+        safetensors.torch.save_file(tensors, llm / "model.safetensors", {"format": "pt"})
+    run = run_stage(stage1, "--model", llm, "--smoke", "--out", tmp_path / "out")
+    assert run.code == 2 and expected in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_llm_that_reads_more_of_a_token_than_its_embedding_is_refused(random_llm):
+    reader = common.load_reader(str(random_llm), torch.device("cpu"), torch.float32)
+    common.check_embeddings(reader)
+    reader.table = reader.table * 1.2
+    with pytest.raises(common.UserError, match="reads more of a token than its embedding"):
+        common.check_embeddings(reader)
+
+
+LOAD = """
+import sys, threading, time, torch, common
+
+def anonymous():  # not the file's pages, which the machine takes back when it needs them
+    return 1024 * int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])
+
+def watch():
+    while not done:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+
+before, done = anonymous(), False
+peak = [before]
+watcher = threading.Thread(target=watch)
+watcher.start()
+reader = common.load_reader(sys.argv[1], torch.device("cpu"), torch.bfloat16)
+done = True
+watcher.join()
+assert all(p.dtype == torch.bfloat16 for p in reader.model.parameters())
+print(peak[0] - before, sum(p.numel() for p in reader.model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("saved_as", (torch.bfloat16, torch.float32))
+def test_weights_are_loaded_with_no_second_copy(saved_as, tmp_path):
+    config = {**SMALL, "hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 10}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**config), dtype=saved_as)
+    model.save_pretrained(tmp_path, max_shard_size="30MB")
+    transformers.AutoTokenizer.from_pretrained(HERE / "tiny" / "tiny-llama").save_pretrained(tmp_path)
+    run = subprocess.run([sys.executable, "-c", LOAD, tmp_path], cwd=HERE, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    taken, numbers = map(int, run.stdout.split())
+    assert numbers > 70e6  # 150 MB
+    # weights saved in bfloat16 stay pages of the file; others are converted, once. The rest is the check's small run
+    assert taken < 2 * numbers * (saved_as == torch.float32) + 50e6
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
