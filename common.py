@@ -43,10 +43,14 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tiny import world
+# transformers asks for a package that is called kernels, too, and would be given the folder beside this file
+transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_, **__: False
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
+from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
+
+from tiny import world  # noqa: E402
 
 try:
     import fcntl
@@ -397,6 +401,9 @@ class Reader:
     @functools.cached_property
     def values(self) -> Tensor:
         """[V, d] the table in the LLM's own dtype, which holds its numbers exactly: what a codebook blends."""
+        module = self.model.get_input_embeddings()
+        if type(module) is torch.nn.Embedding and module.weight.dtype == self.dtype:  # Gemma's is one that scales
+            return module.weight.detach()  # no second copy
         return self.table.to(self.dtype)
 
     @functools.cached_property

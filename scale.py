@@ -357,9 +357,11 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         cache = 2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize  # of one position
+        tables = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (reader.table, reader.values)}
+        tables.pop(reader.model.get_input_embeddings().weight.untyped_storage()._cdata, None)  # counted as weights
         held = {
             "weights": size(reader.model),
-            "embedding table": reader.table.numel() * (4 + (dtype.itemsize if dtype != torch.float32 else 0)),
+            "embedding table": sum(tables.values()),
             "codes and adapters": codes.numel() * 4 + size(adapter, *controls),
             "optimiser": 8 * trained,
         }
@@ -431,7 +433,7 @@ def dry_run(args, dtype: torch.dtype) -> dict:
         ("parameters", f"{shape['parameters'] / 1e9:.3f} B", f"{shape['layers']} layers, d {shape['d']}, V "
          f"{shape['vocabulary']}; trained: {shape['trained_parameters'] / 1e6:.2f} M ({args.adapter}, k {shape['k']})"),
         ("weights", gigabytes(held["weights"]), f"{str(dtype).removeprefix('torch.')}, frozen: no gradients"),
-        ("embedding table", gigabytes(held["embedding table"]), "float32, and as the LLM reads it"),
+        ("embedding table", gigabytes(held["embedding table"]), "float32"),
         ("codes and adapters", gigabytes(held["codes and adapters"]), "float32; the trained one, and two controls"),
         ("optimiser", gigabytes(held["optimiser"]), "AdamW, of the adapter alone"),
         ("activations", gigabytes(step["without"]), f"{rows} x {length} tokens at once, gradients included"),

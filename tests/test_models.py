@@ -1,6 +1,7 @@
 """Any causal LM: random models of the families that people have, each through the stages that fit it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -363,3 +364,16 @@ def test_split_refuses_what_it_cannot_do(random_llm, tmp_path, monkeypatch):
     monkeypatch.setattr(common.AutoModelForCausalLM, "from_pretrained", too_large)
     assert "does not fit into the memory of" in refused()
     assert not (tmp_path / "out").exists()
+
+
+def test_another_package_called_kernels_is_not_in_the_way(tmp_path):
+    """transformers imports Hugging Face's kernels where it is installed, and would find this project's folder."""
+    version = getattr(transformers.utils.import_utils, "KERNELS_MIN_VERSION", "1.0")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    (tmp_path / f"kernels-{version}.dist-info").mkdir()
+    (tmp_path / f"kernels-{version}.dist-info" / "METADATA").write_text(f"Name: kernels\nVersion: {version}\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "import stage1_pca_adapter as s; print(s.adapt.__module__)"]
+    run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "kernels.adapter\n", run.stderr
