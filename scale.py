@@ -9,8 +9,10 @@ The dry run *runs* that step, on fake tensors, which have a shape and no numbers
 not guessed, for whatever architecture transformers has.
 """
 
+import contextlib
 import gc
 import json
+import logging
 import math
 import statistics
 import time
@@ -28,6 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import common
 import stage1_pca_adapter as stage1
+
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it cannot do is said once, by us
 
 LENGTH, ANSWER = 512, 16  # tokens of a row, and of its answer: a long passage of SQuAD with its question
 CARDS = {"24 GB": 24e9, "40 GB": 40e9, "80 GB": 80e9, "141 GB": 141e9}
@@ -69,7 +73,8 @@ def config_of(name: str, layers: int | None = None) -> transformers.PretrainedCo
             raise common.UserError(f"--random-weights {layers}: {name} has {text.num_hidden_layers} layers")
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):  # of some architectures: one for each layer
-            text.layer_types = text.layer_types[:layers]
+            with contextlib.suppress(AttributeError):  # or made from their number
+                text.layer_types = text.layer_types[:layers]
     return config
 
 
@@ -195,11 +200,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
     """Time and memory of training steps of a model with random weights; prints a table. args: stage 1's."""
-    need = trace(args, dtype, args.gradient_checkpointing)["training_bytes"]
     remedy = (
         "time fewer layers (--random-weights LAYERS) or use --dtype bfloat16, --gradient-checkpointing or a smaller"
     )
-    common.check_memory(f"--model {args.model}: a step takes", need, device, f"{remedy} --micro-batch-size")
+    with contextlib.suppress(Uncounted):
+        need = trace(args, dtype, args.gradient_checkpointing)["training_bytes"]
+        common.check_memory(f"--model {args.model}: a step takes", need, device, f"{remedy} --micro-batch-size")
     reader = random_reader(args.model, args.random_weights or None, device, dtype)
     vocabulary, d = reader.table.shape
     k, layers = args.code_dim or max(1, d // 8), reader.model.config.get_text_config().num_hidden_layers
@@ -303,6 +309,10 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
+class Uncounted(common.UserError):
+    """A step that cannot run on fake tensors."""
+
+
 def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
     """What one micro-batch of stage 1 takes: shapes, bytes at its peak, FLOPs. Mirrors `stage1.step_losses`."""
     with FakeTensorMode(), PeakMemory() as memory:
@@ -342,7 +352,14 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
             ce = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="sum")
             (ce + mse).backward()
 
-        step()
+        try:
+            step()
+        except RuntimeError as error:  # some operations have no rule for tensors without numbers
+            line, name = str(error).split("\n")[0][:120], type(reader.model).__name__
+            raise Uncounted(
+                f"--model {args.model}: a step of a {name} cannot be counted in {str(dtype).removeprefix('torch.')} "
+                f"without running it ({line}): try another --dtype, or time it with --random-weights"
+            ) from None
         activations, flops = memory.peak - resting, 0
         if not checkpointing:
             with FlopCounterMode(display=False) as counter:  # apart, for it keeps tensors alive
@@ -354,8 +371,9 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
             return sum(p.numel() * p.element_size() for p in parts)
 
         trained = sum(p.numel() for p in adapter.parameters())
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        attention_heads = getattr(text, "num_attention_heads", 0)  # 0: states instead of keys and values
+        heads = getattr(text, "num_key_value_heads", None) or attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(1, attention_heads)
         cache = 2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize  # of one position
         tables = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (reader.table, reader.values)}
         tables.pop(reader.model.get_input_embeddings().weight.untyped_storage()._cdata, None)  # counted as weights

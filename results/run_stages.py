@@ -34,6 +34,7 @@ SCRIPTS = {
 WIDTHS = {"tiny": (24, 12), "tiny-qwen": (20, 10)}  # 8x and 16x fewer dimensions than 192 and 160
 ACCENTS = str.maketrans("aeioucnAEIOUCN", "áéíöüçñÁÉÍÖÜÇÑ")
 STORIES_WIRE = "out/results/stage1/stories260k-k8-codebook"  # not shipped: made when it is not there
+CHECKPOINTING = "--gradient-checkpointing"
 EMOJI = "😀🚀🌍🎉🐟🍞"
 # passages that no training passage looks like: name -> what becomes of a text
 HARDER = {
@@ -130,18 +131,20 @@ def stage3(shared: str) -> dict[str, list[str]]:
 
 
 def scale(shared: str) -> dict[str, list[str]]:
-    """Steps of models with random weights, two layers deep, and dry runs of whole ones."""
+    """Steps of models with random weights, two layers deep and one whole, and dry runs of whole ones."""
     runs = {}
     for model in ("llama-7b", "llama-3.1-8b", "llama-3.1-70b"):
         for adapter in ("linear", "codebook"):
             runs[f"dry-{model}-{adapter}"] = ["--model", model, "--adapter", adapter, "--dry-run"]
-    shape = ["--random-weights", "2", "--dtype", "bfloat16", "--steps", "5"]
-    for name, model, rows, more in (
-        ("llama-7b-linear", "llama-7b", "8", ["--adapter", "linear"]),
-        ("llama-7b-codebook", "llama-7b", "8", ["--adapter", "codebook"]),
-        ("llama-7b-linear-checkpointing", "llama-7b", "8", ["--adapter", "linear", "--gradient-checkpointing"]),
-        ("llama-3.1-8b-linear", "llama-3.1-8b", "4", ["--adapter", "linear"]),
+    for name, model, layers, rows, steps, more in (
+        ("llama-7b-linear", "llama-7b", ["2"], "8", "5", ["--adapter", "linear"]),
+        ("llama-7b-codebook", "llama-7b", ["2"], "8", "5", ["--adapter", "codebook"]),
+        ("llama-7b-linear-checkpointing", "llama-7b", ["2"], "8", "5", ["--adapter", "linear", CHECKPOINTING]),
+        ("llama-3.1-8b-linear", "llama-3.1-8b", ["2"], "4", "5", ["--adapter", "linear"]),
+        ("llama-3.1-8b-codebook", "llama-3.1-8b", ["2"], "4", "5", ["--adapter", "codebook"]),
+        ("llama-7b-whole-codebook", "llama-7b", [], "2", "3", ["--adapter", "codebook"]),
     ):
+        shape = ["--random-weights", *layers, "--dtype", "bfloat16", "--steps", steps]
         runs[name] = ["--model", model, *shape, "--micro-batch-size", rows, "--batch-size", rows, *more]
     return runs
 

@@ -101,6 +101,22 @@ def test_random_weights_time_three_ways(shape):
     )
 
 
+@pytest.mark.parametrize("family", ("mixtral", "mamba", "gemma2"))
+def test_other_architectures_are_counted_and_timed(family, tmp_path):
+    shape = dict(vocab_size=500, hidden_size=32, num_hidden_layers=2)
+    more = {} if family == "mamba" else dict(intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    transformers.AutoConfig.for_model(family, **shape, **more).save_pretrained(tmp_path)
+    run = run_stage(stage1, "--model", tmp_path, "--dry-run", "--micro-batch-size", "1")
+    assert run.code == 0 and run.result["layers"] == 2 and run.result["activation_bytes"]["without"] > 0, run.stderr
+    run = run_stage(stage1, "--model", tmp_path, "--random-weights", "1", "--steps", "1", "--batch-size", "1")
+    assert run.code == 0 and run.result["layers"] == 1, run.stderr
+    run = run_stage(stage1, "--model", tmp_path, "--dry-run", "--micro-batch-size", "1", "--dtype", "float32")
+    if family == "mixtral":  # its experts' matmul has no rule for float32 tensors without numbers
+        assert run.code == 2 and "cannot be counted in float32" in run.stderr and run.stderr.count("\n") == 1
+    else:
+        assert run.code == 0, run.stderr
+
+
 def test_the_three_ways_learn_alike(shape):
     """The plain way computes the same gradient as the wire's: unique ids and answer positions change no result."""
     reader = scale.random_reader(str(shape), 2, torch.device("cpu"), torch.float32)
