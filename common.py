@@ -14,6 +14,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -461,8 +462,9 @@ def load_reader(
 ) -> Reader:
     """Load and freeze a causal LM from safetensors; code from the hub is never run. checkpointing: `checkpoint_layers`.
 
-    split: its layers over all GPUs, by accelerate, which moves what goes from one to the next. Raises UserError for a
-    directory without config, weights or tokenizer, and for weights that do not load or do not fit.
+    split: its layers over all GPUs, by accelerate, which moves what goes from one to the next. Weights that were saved
+    in 8 or 4 bits by bitsandbytes stay so. Raises UserError for a directory without config, weights or tokenizer, for
+    weights that do not load or do not fit, and for an LLM that no wire can be put before (`check_embeddings`).
     """
     if split and importlib.util.find_spec("accelerate") is None:
         raise UserError("--device split needs accelerate, which moves data between the GPUs: pip install accelerate")
@@ -481,6 +483,9 @@ def load_reader(
     if not files & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         raise UserError(f"--model {name}: {directory} has no tokenizer (tokenizer.json)")
     transformers.utils.logging.disable_progress_bar()  # stderr is for errors
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # of weights in 8 bits it says at every layer how it works
     if not (split and device.type == "cuda"):  # over several GPUs accelerate has the say
         remedy = "use --dtype bfloat16 or a smaller model" if dtype == torch.float32 else "use a smaller model"
         check_memory(f"--model {name}: its weights take", weight_bytes(directory, dtype), device, remedy)
@@ -503,6 +508,8 @@ def load_reader(
     if loaded["missing_keys"]:  # transformers would leave them random
         missing = sorted(loaded["missing_keys"])
         raise UserError(f"--model {name}: the weights in {directory} lack {missing[0]} ({len(missing)} missing in all)")
+    if getattr(model, "is_loaded_in_4bit", False) and device.type == "cpu":
+        raise UserError(f"--model {name}: bitsandbytes gives wrong gradients for weights in 4 bits on a CPU: use a GPU")
     # greedy means greedy: a repetition penalty from the model's own file would punish copying, but only from text
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.requires_grad_(False)  # frozen: only what a stage builds itself is ever trained
@@ -539,7 +546,12 @@ def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
             files = {whole} if whole.exists() else set(directory.glob("*.safetensors"))
         for path in files:
             with safetensors.safe_open(path, "pt") as file:
-                total += dtype.itemsize * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+                for part in map(file.get_slice, file.keys()):
+                    kind = part.get_dtype()  # what is not one of these is of a model in few bits, and stays as it is
+                    size = (
+                        dtype.itemsize if kind in ("F64", "F32", "F16", "BF16") else int(kind.strip("BFIOLU")[:2]) // 8
+                    )
+                    total += size * math.prod(part.get_shape())
     except (OSError, ValueError, KeyError, AttributeError, safetensors.SafetensorError):
         return 0  # what is wrong with them is said when they are loaded
     return total

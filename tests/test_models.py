@@ -366,6 +366,43 @@ def test_split_refuses_what_it_cannot_do(random_llm, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def save_in_few_bits(directory, saved, **bits):
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(**bits)
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved, quantization_config=config, device_map="cpu")
+    model.save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(saved).save_pretrained(directory)
+    return directory
+
+
+def test_weights_in_8_bits_stay_so_and_go_through_every_stage(tmp_path):
+    config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 64, "intermediate_size": 96})
+    whole = save_random_llm(tmp_path / "whole", config, HERE / "tiny" / "tiny-llama")
+    llm = save_in_few_bits(tmp_path / "llm", whole, load_in_8bit=True)
+    gradients = []
+    for directory in (whole, llm):
+        reader = common.load_reader(str(directory), torch.device("cpu"), torch.float32)
+        batch = common.make_batch(reader, common.load_data("tiny", reader, 4).train_rows(0, 0, 2))
+        embeddings = reader.table[batch.ids].requires_grad_()
+        common.answer_logits(reader, batch, embeddings).square().sum().backward()
+        gradients.append(embeddings.grad.flatten())
+    assert reader.model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    assert 0.99 < torch.cosine_similarity(*gradients, dim=0) < 1
+    held = sum(tensor.numel() * tensor.element_size() for tensor in reader.model.state_dict().values())
+    assert common.weight_bytes(llm, torch.float32) == pytest.approx(held, rel=0.01)
+    run_the_stages(llm, tmp_path)
+    again = common.load_reader(str(llm), torch.device("cpu"), torch.float32)
+    assert again.fingerprint == reader.fingerprint
+
+
+def test_weights_in_4_bits_are_refused_on_a_cpu(random_llm, tmp_path):
+    """bitsandbytes runs its kernel for inference there, which has no gradient, and autograd does not mind."""
+    llm = save_in_few_bits(tmp_path / "llm", random_llm, load_in_4bit=True)
+    run = run_stage(stage1, "--model", llm, "--smoke", "--out", tmp_path / "out")
+    assert run.code == 2 and "wrong gradients for weights in 4 bits on a CPU" in run.stderr
+    assert run.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_another_package_called_kernels_is_not_in_the_way(tmp_path):
     """transformers imports Hugging Face's kernels where it is installed, and would find this project's folder."""
     version = getattr(transformers.utils.import_utils, "KERNELS_MIN_VERSION", "1.0")
