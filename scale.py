@@ -384,6 +384,12 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
             "optimiser": 8 * trained,
         }
 
+        # by bitsandbytes: linear layers but for the output's, and a float32 scale a row (8 bits) or 64 numbers (4 bits)
+        output = reader.model.get_output_embeddings()
+        linear = [m for m in reader.model.modules() if type(m) is torch.nn.Linear and m is not output]
+        numbers, scales = sum(m.weight.numel() for m in linear), sum(m.out_features for m in linear)
+        in_full = held["weights"] - numbers * dtype.itemsize
+        few_bits = {"8": in_full + numbers + 4 * scales, "4": in_full + numbers // 2 + numbers // 16}
         evaluation = {
             "keys and values": 2 * rows * (length + common.MAX_NEW_TOKENS) * cache,
             "identity wire": 4 * (V * d + 2 * d * d),
@@ -393,7 +399,7 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
             "layers": text.num_hidden_layers, "parameters": sum(p.numel() for p in reader.model.parameters()),
             "trained_parameters": trained, "batch": [rows, length], "unique_tokens": unique_tokens,
             "flops": flops, "held": held, "activations": activations, "evaluation": evaluation,
-            "logits_everywhere": rows * length * V * 4,
+            "weights_in_bits": few_bits, "logits_everywhere": rows * length * V * 4,
             "training_bytes": sum(held.values()) + activations,
             "evaluation_bytes": sum(held.values()) + sum(evaluation.values()),
         }  # fmt: skip
@@ -451,6 +457,8 @@ def dry_run(args, dtype: torch.dtype) -> dict:
         ("parameters", f"{shape['parameters'] / 1e9:.3f} B", f"{shape['layers']} layers, d {shape['d']}, V "
          f"{shape['vocabulary']}; trained: {shape['trained_parameters'] / 1e6:.2f} M ({args.adapter}, k {shape['k']})"),
         ("weights", gigabytes(held["weights"]), f"{str(dtype).removeprefix('torch.')}, frozen: no gradients"),
+        ("", gigabytes(shape["weights_in_bits"]["8"]), "saved in 8 bits by bitsandbytes; in 4 bits "
+         + gigabytes(shape["weights_in_bits"]["4"])),
         ("embedding table", gigabytes(held["embedding table"]), "float32"),
         ("codes and adapters", gigabytes(held["codes and adapters"]), "float32; the trained one, and two controls"),
         ("optimiser", gigabytes(held["optimiser"]), "AdamW, of the adapter alone"),
