@@ -125,9 +125,11 @@ class Adapter(nn.Module):
         """codes: [N,k]; target_rms: scalar or [N,1]. Returns embeddings [N,d]."""
         z = codes / self.code_scale
         if self.kind == "codebook":
-            # |z - key|^2 less |z|^2, which is the same for all keys and so drops out of the softmax
-            distance = self.keys.square().sum(1) - 2 * z @ self.keys.T  # [N,V]
-            blend = torch.softmax(-0.5 * self.log_sharpness.exp() * distance, dim=-1)
+            # -|z - key|^2 * sharpness / 2, less its part with |z|^2, which is the same for all keys and so drops out of
+            # the softmax. In one operation, since [N,V] is large: nothing of that size is kept but the softmax itself
+            sharpness = self.log_sharpness.exp()
+            scores = torch.addmm(-0.5 * sharpness * self.keys.square().sum(1), sharpness * z, self.keys.T)  # [N,V]
+            blend = torch.softmax(scores, dim=-1)
             # [N,V] by [V,d] is most of the adapter's work: in the LLM's dtype, on a GPU bfloat16, for speed
             table = self.table
             return adapt(blend.to(table.dtype), table, table.new_zeros(table.shape[1]), target_rms).float()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,10 +50,21 @@ def run_all(llm: str, out: str) -> None:
         assert common.rank() == 0 or run.stdout == ""  # the others are silent
 
 
-def launch(processes: int, *command) -> subprocess.Popen:
+def launch(processes: int, *command, meet=("--standalone",)) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node", processes, *command]
+    command = [*TORCHRUN, *meet, "--nproc-per-node", processes, *command]
     return subprocess.Popen(list(map(str, command)), cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def launch_on_machines(machines: tuple[int, ...], *command) -> list[subprocess.Popen]:
+    """So many processes on each machine; here all of them are this one, and each has a torchrun of its own."""
+    if len(machines) == 1:
+        return [launch(machines[0], *command)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    meet = ("--nnodes", len(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", place)
+    return [launch(count, *command, meet=meet) for count in machines]
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +74,13 @@ def alone(random_llm, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("processes", (2, 3))
-def test_several_processes_end_where_one_does(processes, alone, random_llm, tmp_path):
+@pytest.mark.parametrize("machines", ((2,), (2, 1)))
+def test_several_processes_end_where_one_does(machines, alone, random_llm, tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(tests=str(HERE / "tests"), here=str(HERE)))
-    run = launch(processes, worker, random_llm, tmp_path)
-    _, stderr = run.communicate(timeout=600)
-    assert run.returncode == 0, stderr
+    for run in launch_on_machines(machines, worker, random_llm, tmp_path):
+        _, stderr = run.communicate(timeout=600)
+        assert run.returncode == 0, stderr
     for stage in ("0", "1", "2", "3", "direct"):
         mine, theirs = (json.loads((out / stage / "config.json").read_text())["metrics"] for out in (tmp_path, alone))
         for key in theirs.keys() - ALONE:
