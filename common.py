@@ -486,9 +486,7 @@ def load_reader(
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # of weights in 8 bits it says at every layer how it works
-    if not (split and device.type == "cuda"):  # over several GPUs accelerate has the say
-        remedy = "use --dtype bfloat16 or a smaller model" if dtype == torch.float32 else "use a smaller model"
-        check_memory(f"--model {name}: its weights take", weight_bytes(directory, dtype), device, remedy)
+    check_weights(name, directory, dtype, device, split)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -535,39 +533,54 @@ def load_reader(
     return reader
 
 
-def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights in this dtype, from the headers of its *.safetensors; 0 if they cannot be read."""
+# bytes of a number in a safetensors file. Those of a kind that a model is trained in become the LLM's dtype when loaded
+FILE_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def weight_bytes(directory: Path, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes of a model's weights in this dtype, of which are converted) from the headers of its *.safetensors.
+
+    (0, 0) if they cannot be read, or are in a form whose size in memory is not known.
+    """
     index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    total = 0
+    own_dtype = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    total = converted = 0
     try:
-        if index.exists():
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if config.get("quantization_config", {}).get("quant_method", "bitsandbytes") != "bitsandbytes":
+            return 0, 0  # may be unpacked when it is loaded
+        if whole.exists():
+            files = {whole}
+        elif index.exists():
             files = {directory / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         else:
-            files = {whole} if whole.exists() else set(directory.glob("*.safetensors"))
+            files = set(directory.glob("*.safetensors"))
         for path in files:
             with safetensors.safe_open(path, "pt") as file:
                 for part in map(file.get_slice, file.keys()):
-                    kind = part.get_dtype()  # what is not one of these is of a model in few bits, and stays as it is
-                    size = (
-                        dtype.itemsize if kind in ("F64", "F32", "F16", "BF16") else int(kind.strip("BFIOLU")[:2]) // 8
-                    )
-                    total += size * math.prod(part.get_shape())
-    except (OSError, ValueError, KeyError, AttributeError, safetensors.SafetensorError):
-        return 0  # what is wrong with them is said when they are loaded
-    return total
+                    kind = part.get_dtype()
+                    is_float = kind in ("F64", "F32", "F16", "BF16")
+                    size = math.prod(part.get_shape()) * (dtype.itemsize if is_float else FILE_DTYPES[kind])
+                    total += size
+                    converted += size if is_float and kind != own_dtype else 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
+        return 0, 0  # what is wrong with them is said when they are loaded
+    return total, converted
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that this process can still have: of the GPU, or of the machine and its container; None if not known."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     found, group, unknown = [], Path("/sys/fs/cgroup"), (OSError, ValueError, IndexError)
     if device.type == "cpu":
         with contextlib.suppress(*unknown):
             found.append(1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
         with contextlib.suppress(*unknown):  # the limit is a word where there is none
             limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-            cached = int((group / "memory.stat").read_text().split("\nfile ")[1].split()[0])  # given back when needed
+            pages = (group / "memory.stat").read_text()  # of files: given back when needed
+            cached = sum(int(pages.split(f"\n{kind}_file ")[1].split()[0]) for kind in ("active", "inactive"))
             found.append(limit - used + cached)
     return min(found, default=None)
 
@@ -577,7 +590,24 @@ def check_memory(what: str, need: float, device: torch.device, remedy: str) -> N
     free = free_memory(device)
     if free is not None and need > free:
         have = f"{free / 1e9:.1f} GB of memory are free ({device.type})"
-        raise UserError(f"{what} {need / 1e9:.1f} GB, and {have}: {remedy}; --dry-run says what fits where")
+        raise UserError(
+            f"{what} {need / 1e9:.1f} GB, and {have}: {remedy}; stage1_pca_adapter.py --dry-run says what fits where"
+        )
+
+
+def check_weights(name: str, directory: Path, dtype: torch.dtype, device: torch.device, split: bool) -> None:
+    """Raises UserError if the weights of a model do not fit on the device, or the host cannot convert them."""
+    total, converted = weight_bytes(directory, dtype)
+    remedy = "use --dtype bfloat16 or a smaller model" if dtype == torch.float32 else "use a smaller model"
+    # every process of a machine converts them for itself; what needs no conversion are pages of one file
+    on_host = converted * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cpu":
+        check_memory(f"--model {name}: its weights take", total - converted + on_host, device, remedy)
+        return
+    if not split:  # over several GPUs accelerate has the say
+        check_memory(f"--model {name}: its weights take", total, device, remedy)
+    remedy = f"save it in {str(dtype).removeprefix('torch.')} once, with save_pretrained"
+    check_memory(f"--model {name}: converting its weights takes", on_host, torch.device("cpu"), remedy)
 
 
 @torch.inference_mode()
@@ -588,44 +618,62 @@ def check_embeddings(reader: Reader) -> None:
     also what is no token's embedding. Most causal LMs do; some look up more than one embedding for a token.
     """
     model, kind = reader.model, f"--model {reader.name}: a {type(reader.model).__name__}"
+    if reader.prompt_tokens < 16:
+        raise UserError(f"{kind} of {reader.context_tokens} tokens has no room for a prompt and an answer")
     ids = torch.tensor(tokenize(reader, as_prompt(reader, PROMPT))[: min(64, reader.prompt_tokens)])
+    if int(ids.max()) >= len(reader.table):
+        raise UserError(f"{kind} has {len(reader.table)} embeddings and its prompts the token {int(ids.max())}: the "
+                        "tokenizer is another model's, or the embeddings were not resized to it")  # fmt: skip
     ids = ids.to(reader.device)  # [L]
-    prompts = ids.repeat(2, 1)  # the second is two tokens shorter
+    hidden = min(8, len(ids) // 3)  # tokens that the second prompt is shorter
+    shorter, columns = len(ids) - hidden, torch.arange(1, len(ids))
+    prompts = torch.stack([ids, torch.cat([ids[:shorter], ids[:hidden]])])
     behind, before = torch.ones_like(prompts), torch.ones_like(prompts)
-    behind[1, -2:], before[1, :2] = 0, 0
+    behind[1, shorter:], before[1, :hidden] = 0, 0
     embeddings = reader.table[prompts]  # [2, L, d]
-    embeddings[1, -2:] = embeddings[0].mean(0)  # padding
-    columns = torch.arange(1, len(ids))
+    padded = torch.cat([embeddings[0].mean(0).expand(hidden, -1), embeddings[1, :shorter]])  # with what is no token
+    settings = dict(max_new_tokens=2, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+
+    def attempt(how: str, function: Callable):
+        try:
+            return function()
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            line = str(error).strip().split("\n")[0][:160]
+            raise UserError(f"{kind} does not run{how}: {line}") from None
 
     def logits(**inputs) -> Tensor:
         output = model(**inputs, attention_mask=behind, use_cache=False, logits_to_keep=columns)
         return output.logits.float()  # [2, L-1, V]
 
-    def alike(a: Tensor, b: Tensor, difference: float) -> bool:
-        return bool((a - b).norm() <= difference * b.norm())
+    def answer() -> Tensor:
+        inputs = torch.stack([embeddings[0], padded]).to(reader.dtype)
+        found = model.generate(
+            inputs_embeds=inputs, attention_mask=before, generation_config=GenerationConfig(**settings)
+        )
+        return found.logits[0].float()  # [2, V] of the first token
 
-    try:
-        from_ids, found = logits(input_ids=prompts), logits(inputs_embeds=embeddings.to(reader.dtype))
-        settings = dict(max_new_tokens=2, do_sample=False, pad_token_id=0, output_logits=True)
-        answers = model.generate(
-            inputs_embeds=torch.stack([embeddings[0], embeddings[1].roll(2, 0)]).to(reader.dtype),
-            attention_mask=before, generation_config=GenerationConfig(**settings, return_dict_in_generate=True),
-        )  # fmt: skip
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
-        line = str(error).strip().split("\n")[0][:160]
-        raise UserError(f"{kind} does not run from embeddings alone: {line}") from None
+    def alike(a: Tensor, b: Tensor) -> bool:
+        return bool((a - b).norm() <= slack * b.norm())
+
+    from_ids = attempt("", lambda: logits(input_ids=prompts))
+    found = attempt(" from embeddings alone", lambda: logits(inputs_embeds=embeddings.to(reader.dtype)))
+    first = attempt(" from embeddings alone", answer)
     if found.shape[1] != len(columns):
         raise UserError(f"{kind} makes logits at every position, whatever is asked for")
-    if not torch.isfinite(from_ids).all():
+    if not torch.isfinite(from_ids[0]).all():
         raise UserError(f"{kind} makes logits that are not numbers: its weights are damaged, or not for {reader.dtype}")
-    slack = 0.01 if reader.dtype == torch.float32 else 0.2  # a router may waver between two experts
-    if not alike(found[0], from_ids[0], slack):
+    # rounding measured: 0.008 in bfloat16, 0.03 in 8 bits; what is wrong: 0.09 and more. A router may waver
+    config = model.config.get_text_config()
+    has_experts = any((getattr(config, f"{name}_experts", 0) or 0) > 1 for name in ("num", "num_local", "n_routed"))
+    exact = reader.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    slack = 0.01 if exact else 0.2 if has_experts else 0.05
+    if not alike(found[0], from_ids[0]):
         raise UserError(f"{kind} reads more of a token than its embedding, and a wire carries only that")
-    if not alike(found[1, :-2], found[0, :-2], slack):
+    if not alike(found[1, : shorter - 1], found[0, : shorter - 1]):
         raise UserError(f"{kind} looks at tokens that come later: it is no causal LM")
-    if not alike(answers.logits[0].float(), found[0, [-1, -3]], slack):
+    if not alike(first, found[0, [-1, shorter - 2]]):
         raise UserError(f"{kind} does not pass over masked padding, so prompts cannot be answered in batches")
 
 

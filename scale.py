@@ -105,7 +105,7 @@ def random_wire(reader: common.Reader, k: int, kind: str) -> stage1.Wire:
     pca = common.PCA(reader.table.mean(0), components, torch.ones(d, dtype=torch.float64))
     wire = stage1.Wire(reader, pca, "constant", reader.table.square().mean().sqrt())
     counts = torch.ones(len(reader.table), device=device)
-    wire.adapter = stage1.Adapter(kind, pca, reader.values, wire.codes, counts).to(device)
+    wire.adapter = stage1.Adapter(kind, pca, reader, wire.codes, counts).to(device)
     return wire
 
 
@@ -204,7 +204,8 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
         "time fewer layers (--random-weights LAYERS) or use --dtype bfloat16, --gradient-checkpointing or a smaller"
     )
     with contextlib.suppress(Uncounted):
-        need = trace(args, dtype, args.gradient_checkpointing)["training_bytes"]
+        traced = trace(args, dtype, args.gradient_checkpointing)
+        need = traced["training_bytes"] + 4 * traced["logits_everywhere"]  # of the plain way, softmax and gradients too
         common.check_memory(f"--model {args.model}: a step takes", need, device, f"{remedy} --micro-batch-size")
     reader = random_reader(args.model, args.random_weights or None, device, dtype)
     vocabulary, d = reader.table.shape
@@ -226,6 +227,11 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
         with FlopCounterMode(display=False) as counter:
             step()
         flops[name] = rows * counter.get_total_flops()
+    unique = batch.ids[batch.sent].unique()  # of the whole batch, which are fewer than those of its rows together
+    with FlopCounterMode(display=False) as counter:
+        wire.adapter(wire.codes[unique], wire.target_rms(unique)).sum().backward()
+    wire.adapter.zero_grad(set_to_none=True)
+    flops["wire"] = flops["LLM alone"] + counter.get_total_flops()
     for name, step in steps.items():
         checkpointing(name)
         step()  # what the first step alone does is not measured
@@ -329,7 +335,7 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
         codes = torch.zeros(V, k)
 
         def adapter_of(kind: str) -> stage1.Adapter:
-            return stage1.Adapter(kind, pca, reader.values, codes, torch.ones(V))
+            return stage1.Adapter(kind, pca, reader, codes, torch.ones(V))
 
         adapter, controls = adapter_of(args.adapter), [adapter_of(args.adapter), adapter_of("linear")]
         if checkpointing:
@@ -375,7 +381,8 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
         heads = getattr(text, "num_key_value_heads", None) or attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(1, attention_heads)
         cache = 2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize  # of one position
-        tables = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (reader.table, reader.values)}
+        used = [reader.table] + ([reader.values] if args.adapter == "codebook" else [])
+        tables = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in used}
         tables.pop(reader.model.get_input_embeddings().weight.untyped_storage()._cdata, None)  # counted as weights
         held = {
             "weights": size(reader.model),

@@ -99,22 +99,21 @@ class Adapter(nn.Module):
 
     HIDDEN = 512
 
-    def __init__(self, kind: str, pca: common.PCA, table: Tensor, codes: Tensor, counts: Tensor):
-        """table: [V,d] frozen embeddings as the LLM reads them, in its dtype; codes: [V,k] their codes; counts: [V] of
-        the training split."""
+    def __init__(self, kind: str, pca: common.PCA, reader: common.Reader, codes: Tensor, counts: Tensor):
+        """codes: [V,k] of the reader's frozen embeddings; counts: [V] of the training split."""
         super().__init__()
-        k, d = codes.shape[1], table.shape[1]
+        k, d = codes.shape[1], reader.table.shape[1]
         share = counts / counts.sum()
         code_scale = (share @ codes.square()).mean().sqrt()
-        table_rms = (share @ table.float().square()).mean().sqrt()
         self.kind = kind
         self.register_buffer("code_scale", code_scale)
         if kind == "codebook":
-            self.table = table  # the LLM's own: not saved with the wire
+            self.table = reader.values  # the LLM's own: not saved with the wire
             self.keys = nn.Parameter(codes / code_scale)  # [V,k]
             # unit variance a dimension puts two tokens 2k apart on average; 20 / k was too soft to read at the start
             self.log_sharpness = nn.Parameter(torch.tensor(math.log(100 / k)))
         else:
+            table_rms = (share @ reader.table.square()).mean().sqrt()
             self.weight = nn.Parameter(pca.components.T * code_scale / table_rms)  # [k,d]
             self.bias = nn.Parameter(pca.mean / table_rms)  # [d]
         if kind == "mlp":
@@ -272,11 +271,9 @@ def main() -> None:
             raise common.UserError(f"{args.eval_only}: its components are {list(pca.components.shape)}, not [{d}, {k}]")
     variance = (share @ (reader.table - share @ reader.table).square()).mean()  # of an embedding number, for the loss
     wire = Wire(reader, pca, args.rms, constant_rms)
-    untrained = Adapter("linear", pca, reader.values, wire.codes, counts).to(device)
-    adapter = Adapter(args.adapter, pca, reader.values, wire.codes, counts).to(device)
-    start = Adapter(args.adapter, pca, reader.values, wire.codes, counts).to(
-        device
-    )  # stays so: what does training add?
+    untrained = Adapter("linear", pca, reader, wire.codes, counts).to(device)
+    adapter = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)
+    start = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)  # stays so: what does training add?
     if args.eval_only:
         common.load_module(adapter, "adapter.", saved_tensors, args.eval_only)
     wire.adapter = adapter
@@ -370,7 +367,7 @@ def main() -> None:
         untrained_wire.adapter = start
         start_score, _ = control(untrained_wire)
     identity_wire = Wire(reader, full_pca, "sent", constant_rms, code_format="<f4")  # k = d: must read like text
-    identity_wire.adapter = Adapter("linear", full_pca, reader.values, identity_wire.codes, counts).to(device)
+    identity_wire.adapter = Adapter("linear", full_pca, reader, identity_wire.codes, counts).to(device)
     identity_score, identity_answers = control(identity_wire)
     same = sum(answer == record["text"] for answer, record in zip(identity_answers, records, strict=False))
     metrics |= {

@@ -387,7 +387,7 @@ def main() -> None:
     table_codes = project(reader.table, mean, components).to(torch.float16).float()  # [V,k]
     ones = torch.ones(vocabulary, device=device)
     adapter = Adapter(
-        stage1_config["adapter"], common.PCA(mean, components, torch.ones(d)), reader.values, table_codes, ones
+        stage1_config["adapter"], common.PCA(mean, components, torch.ones(d)), reader, table_codes, ones
     ).to(device)
     if args.eval_only or args.without not in ("pca", "stage1-adapter"):
         common.load_module(adapter, "adapter.", stage1_tensors, args.eval_only or args.stage1)

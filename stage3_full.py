@@ -735,7 +735,7 @@ def load_receiver(tensors: dict[str, Tensor], entry: dict, reader: common.Reader
     mean, components = own["mean"].to(reader.device), own["components"].to(reader.device)
     table_codes = stage2.project(reader.table, mean, components).to(torch.float16).float()
     pca, ones = common.PCA(mean, components, torch.ones(d)), torch.ones(vocabulary, device=reader.device)
-    adapter = Adapter(entry["adapter"], pca, reader.values, table_codes, ones).to(reader.device)
+    adapter = Adapter(entry["adapter"], pca, reader, table_codes, ones).to(reader.device)
     encoder = stage2.Encoder(entry["code_dim"]).to(reader.device).eval()
     common.load_module(adapter, "adapter.", own, wire)
     common.load_module(encoder, "encoder.", own, wire)

@@ -141,7 +141,7 @@ def scale(shared: str) -> dict[str, list[str]]:
         ("llama-7b-codebook", "llama-7b", ["2"], "8", "5", ["--adapter", "codebook"]),
         ("llama-7b-linear-checkpointing", "llama-7b", ["2"], "8", "5", ["--adapter", "linear", CHECKPOINTING]),
         ("llama-3.1-8b-linear", "llama-3.1-8b", ["2"], "4", "5", ["--adapter", "linear"]),
-        ("llama-3.1-8b-codebook", "llama-3.1-8b", ["2"], "4", "5", ["--adapter", "codebook"]),
+        ("llama-3.1-8b-codebook", "llama-3.1-8b", ["2"], "4", "3", ["--adapter", "codebook"]),
         ("llama-7b-whole-codebook", "llama-7b", [], "2", "3", ["--adapter", "codebook"]),
     ):
         shape = ["--random-weights", *layers, "--dtype", "bfloat16", "--steps", steps]

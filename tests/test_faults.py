@@ -209,9 +209,10 @@ def test_a_gradient_far_above_all_others_is_skipped():
 
 
 def test_weights_that_do_not_fit_into_memory_are_not_loaded(tmp_path, random_llm, monkeypatch):
-    need = common.weight_bytes(random_llm, torch.float32)
+    need, converted = common.weight_bytes(random_llm, torch.float32)
     loaded = common.load_reader(str(random_llm), torch.device("cpu"), torch.float32)
-    assert need == sum(4 * p.numel() for p in loaded.model.parameters())
+    assert need == sum(4 * p.numel() for p in loaded.model.parameters()) and converted == 0
+    assert common.weight_bytes(random_llm, torch.bfloat16) == (need // 2, need // 2)
     monkeypatch.setattr(common, "free_memory", lambda device: need - 1)
     run = run_stage(stage1, "--model", random_llm, "--smoke", "--dtype", "float32", "--out", tmp_path / "out")
     assert run.code == 2 and "its weights take" in run.stderr and "use --dtype bfloat16" in run.stderr
@@ -222,6 +223,33 @@ def test_weights_that_do_not_fit_into_memory_are_not_loaded(tmp_path, random_llm
     assert run.code == 2 and "a step takes" in run.stderr and "--random-weights LAYERS" in run.stderr
 
 
+def test_a_host_that_cannot_convert_weights_for_a_gpu_is_told_so(random_llm, monkeypatch):
+    cuda, checked = torch.device("cuda"), []
+    monkeypatch.setattr(common, "check_memory", lambda what, need, device, remedy: checked.append((need, device.type)))
+    half = common.weight_bytes(random_llm, torch.bfloat16)[0]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    common.check_weights("m", random_llm, torch.bfloat16, cuda, split=False)
+    common.check_weights("m", random_llm, torch.float32, cuda, split=True)
+    common.check_weights("m", random_llm, torch.float32, torch.device("cpu"), split=False)
+    assert checked == [(half, "cuda"), (4 * half, "cpu"), (0, "cpu"), (2 * half, "cpu")]
+
+
+def test_weights_that_cannot_be_counted_are_left_to_the_loader(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    bits = {"x": torch.zeros(8, dtype=torch.bool), "y": torch.zeros(8, dtype=torch.float16)}
+    safetensors.torch.save_file(bits, tmp_path / "one.safetensors")
+    assert common.weight_bytes(tmp_path, torch.float32) == (8 + 32, 32)
+    safetensors.torch.save_file({"x": torch.zeros(8).to(torch.float8_e4m3fn)}, tmp_path / "two.safetensors")
+    assert common.weight_bytes(tmp_path, torch.float32) == (0, 0)
+    for index in ("[]", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "gone.safetensors"}}', "{"):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        assert common.weight_bytes(tmp_path, torch.float32) == (0, 0)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes())
+    assert common.weight_bytes(tmp_path, torch.float32) == (8 + 32, 32)  # before any index, as transformers has it
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
+    assert common.weight_bytes(tmp_path, torch.float32) == (0, 0)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and /sys")
 def test_free_memory_is_the_machine_s_or_its_container_s(monkeypatch):
     cpu, files = torch.device("cpu"), {}
@@ -229,11 +257,11 @@ def test_free_memory_is_the_machine_s_or_its_container_s(monkeypatch):
     assert 0 < common.free_memory(cpu) < total
     monkeypatch.setattr(Path, "read_text", lambda path, *args, **kwargs: files[str(path)])
     files |= {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
-    files |= {"/sys/fs/cgroup/memory.current": "3000000\n", "/sys/fs/cgroup/memory.stat": "anon 1\nfile 1000000\nx 1\n"}
+    pages = "anon 1\nfile 9\ninactive_file 400000\nactive_file 600000\nx 1\n"
+    files |= {"/sys/fs/cgroup/memory.current": "3000000\n", "/sys/fs/cgroup/memory.stat": pages}
     assert common.free_memory(cpu) == 5000 * 1024
     files["/sys/fs/cgroup/memory.max"] = "4000000\n"
     assert common.free_memory(cpu) == 4_000_000 - 3_000_000 + 1_000_000
-    del files["/proc/meminfo"], files["/sys/fs/cgroup/memory.max"]
     monkeypatch.setattr(Path, "read_text", lambda path, *args, **kwargs: open(str(path) + "-gone").read())
     assert common.free_memory(cpu) is None  # macOS, Windows
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -63,7 +64,7 @@ def launch_on_machines(machines: tuple[int, ...], *command) -> list[subprocess.P
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
-    meet = ("--nnodes", len(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", place)
+    meet = ("--nnodes", len(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--local-addr", "127.0.0.1")
     return [launch(count, *command, meet=meet) for count in machines]
 
 
@@ -78,9 +79,14 @@ def alone(random_llm, tmp_path_factory):
 def test_several_processes_end_where_one_does(machines, alone, random_llm, tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(tests=str(HERE / "tests"), here=str(HERE)))
-    for run in launch_on_machines(machines, worker, random_llm, tmp_path):
-        _, stderr = run.communicate(timeout=600)
-        assert run.returncode == 0, stderr
+    runs = launch_on_machines(machines, worker, random_llm, tmp_path)
+    with ThreadPoolExecutor() as pool:  # what each says is read, or it would wait
+        try:
+            said = list(pool.map(lambda run: run.communicate(timeout=600)[1], runs))
+        finally:
+            for run in runs:
+                run.kill()
+    assert [run.returncode for run in runs] == [0] * len(runs), said
     for stage in ("0", "1", "2", "3", "direct"):
         mine, theirs = (json.loads((out / stage / "config.json").read_text())["metrics"] for out in (tmp_path, alone))
         for key in theirs.keys() - ALONE:

@@ -172,7 +172,7 @@ def test_the_receiver_uses_the_message_and_nothing_else(parts, rms):
     reader, _, counts = parts
     pca = common.fit_pca(reader.table, counts).first(24)
     wire = stage1.Wire(reader, pca, rms, torch.tensor(0.05))
-    wire.adapter = stage1.Adapter("linear", pca, reader.table, wire.codes, counts)
+    wire.adapter = stage1.Adapter("linear", pca, reader, wire.codes, counts)
     ids = [5, 300, 7, 7, 1000]
     message = wire.send(common.Prompt("", ids, False))
     assert len(message) == 4 + 5 * 24 * 2 + (5 * 2 if rms == "sent" else 0)
@@ -188,7 +188,7 @@ def test_the_identity_wire_rebuilds_the_embeddings(parts):
     reader, _, counts = parts
     full = common.fit_pca(reader.table, counts)
     wire = stage1.Wire(reader, full, "sent", torch.tensor(1.0), code_format="<f4")
-    wire.adapter = stage1.Adapter("linear", full, reader.table, wire.codes, counts)
+    wire.adapter = stage1.Adapter("linear", full, reader, wire.codes, counts)
     ids = list(range(0, 1024, 3))
     torch.testing.assert_close(
         wire.receive(wire.send(common.Prompt("", ids, False))), reader.table[ids], atol=1e-6, rtol=1e-4
@@ -200,8 +200,8 @@ def test_every_adapter_starts_at_the_pca_and_every_parameter_learns(parts, kind)
     reader, _, counts = parts
     pca = common.fit_pca(reader.table, counts).first(24)
     wire = stage1.Wire(reader, pca, "constant", torch.tensor(0.05))
-    inverse = stage1.Adapter("linear", pca, reader.table, wire.codes, counts)
-    adapter = stage1.Adapter(kind, pca, reader.table, wire.codes, counts)
+    inverse = stage1.Adapter("linear", pca, reader, wire.codes, counts)
+    adapter = stage1.Adapter(kind, pca, reader, wire.codes, counts)
     ids = counts.topk(50).indices
     out = adapter(wire.codes[ids], torch.tensor(0.05))
     expected = wire.codes[ids] @ pca.components.T + pca.mean

@@ -40,7 +40,7 @@ def wire():
     adapter = stage2.Adapter(
         "codebook",
         common.PCA(torch.zeros(192), torch.zeros(192, 24), torch.ones(192)),
-        reader.table,
+        reader,
         codes,
         torch.ones(1024),
     )
