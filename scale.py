@@ -338,6 +338,7 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
             return stage1.Adapter(kind, pca, reader, codes, torch.ones(V))
 
         adapter, controls = adapter_of(args.adapter), [adapter_of(args.adapter), adapter_of("linear")]
+        adapter.blended = lambda z: slice(None)  # which tokens a codebook blends depends on numbers: all, at the most
         if checkpointing:
             common.checkpoint_layers(reader.model)
         gc.collect()

@@ -195,6 +195,33 @@ def test_the_identity_wire_rebuilds_the_embeddings(parts):
     )
 
 
+@pytest.mark.parametrize("k", (24, 10))
+@pytest.mark.parametrize("noise", (0.0, 0.5))
+def test_the_tokens_of_a_large_vocabulary_that_matter_are_all_that_matters(parts, k, noise, monkeypatch):
+    """Above SMALL tokens a codebook blends those with a weight: the same embeddings, the same gradients."""
+    reader, _, counts = parts
+    pca = common.fit_pca(reader.table, counts).first(k)
+    wire = stage1.Wire(reader, pca, "constant", torch.tensor(0.05))
+    adapter = stage1.Adapter("codebook", pca, reader, wire.codes, counts)
+    torch.manual_seed(0)
+    codes = wire.codes[counts.topk(40).indices]
+    codes = codes + noise * adapter.code_scale * torch.randn_like(codes)
+    direction = torch.randn(40, 192)
+    outputs, gradients, tokens = [], [], []
+    for small in (len(reader.table), 0):
+        monkeypatch.setattr(stage1.Adapter, "SMALL", small)
+        tokens.append(len(adapter.keys[adapter.blended(codes / adapter.code_scale)]))
+        outputs.append(adapter(codes, torch.tensor(0.05)))
+        adapter.zero_grad()
+        (outputs[-1] * direction).sum().backward()
+        gradients.append([p.grad.clone() for p in adapter.parameters()])
+    assert tokens[0] == 1024 and 40 <= tokens[1] < 1024
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-6)
+    for whole, chosen in zip(*gradients, strict=True):
+        assert whole.abs().max() > 0
+        torch.testing.assert_close(chosen, whole, rtol=0, atol=1e-4 * whole.abs().max().item())
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp", "codebook"])
 def test_every_adapter_starts_at_the_pca_and_every_parameter_learns(parts, kind):
     reader, _, counts = parts
