@@ -483,9 +483,8 @@ def load_reader(
     if not files & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         raise UserError(f"--model {name}: {directory} has no tokenizer (tokenizer.json)")
     transformers.utils.logging.disable_progress_bar()  # stderr is for errors
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # of weights in 8 bits it says at every layer how it works
+    # of weights in 8 bits it says at every layer how it works
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     check_weights(name, directory, dtype, device, split)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

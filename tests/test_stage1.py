@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,7 @@ def test_the_tokens_of_a_large_vocabulary_that_matter_are_all_that_matters(parts
         gradients.append([p.grad.clone() for p in adapter.parameters()])
     assert tokens[0] == 1024 and 40 <= tokens[1] < 1024
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-6)
+    assert adapter(codes * math.nan, torch.tensor(0.05)).isnan().all()  # not the embeddings of nothing
     for whole, chosen in zip(*gradients, strict=True):
         assert whole.abs().max() > 0
         torch.testing.assert_close(chosen, whole, rtol=0, atol=1e-4 * whole.abs().max().item())
