@@ -153,9 +153,8 @@ class Adapter(nn.Module):
         weight = torch.zeros_like(self.keys[:, 0])
         for part in z.split(1024):
             weight = torch.maximum(weight, torch.softmax(self.scores(part, self.keys), dim=-1).amax(0))
-        return (~(weight <= 1e-10)).nonzero()[
-            :, 0
-        ]  # all, for a code that is no number: what comes of it is none either
+        # a code that is no number has no weight at or below that: it blends all, and what comes of it is no number either
+        return (~(weight <= 1e-10)).nonzero()[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
