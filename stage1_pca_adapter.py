@@ -153,7 +153,7 @@ class Adapter(nn.Module):
         weight = torch.zeros_like(self.keys[:, 0])
         for part in z.split(1024):
             weight = torch.maximum(weight, torch.softmax(self.scores(part, self.keys), dim=-1).amax(0))
-        # a code that is no number has no weight at or below that: it blends all, and what comes of it is no number either
+        # a code that is no number has no weight at or below that: it blends all, and what comes of it is none either
         return (~(weight <= 1e-10)).nonzero()[:, 0]
 
 
