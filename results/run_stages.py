@@ -1,7 +1,7 @@
 """Measure the stages: every run behind the README's tables, as JSON in results/<stage>/. Runs that are there are kept.
 
     python results/run_stages.py stage2               # one stage; two at a time
-    python results/run_stages.py scale --workers 1    # what is timed runs alone
+    python results/run_stages.py scale --workers 1    # what is timed runs alone; --device cuda: the same on a GPU
     python results/make.py                            # README tables and figures from the JSON
 
 The real-weights rows need a directory with models/stories260k, data/text/tinystories_sample.txt and
@@ -162,13 +162,13 @@ def write_harder(folder: Path) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def measure(stage: str, name: str, flags: list[str], threads: int) -> bool:
+def measure(stage: str, name: str, flags: list[str], threads: int, device: str) -> bool:
     """Run a stage once and keep its config.json, metrics included; False if it failed."""
-    target = HERE / stage / f"{name}.json"
+    target = HERE / stage / (f"{name}.json" if device == "cpu" else f"{name}-{device}.json")
     if target.exists():
         return True
     out = ROOT / "out" / "results" / stage / name
-    command = [sys.executable, SCRIPTS[stage], *flags, "--device", "cpu", "--out", str(out)]
+    command = [sys.executable, SCRIPTS[stage], *flags, "--device", device, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -191,7 +191,10 @@ if __name__ == "__main__":
     parser.add_argument("--shared", default="../shared", help="directory with the real weights and data")
     parser.add_argument("--only", default="", help="run only names that contain this")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; they share the cores")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: for the stage `scale` alone")
     args = parser.parse_args()
+    if args.device != "cpu" and args.stage != "scale":
+        parser.error("--device cuda: the rows of the stages are a CPU's, bit for bit; only `scale` is timed on a GPU")
     if not (ROOT / args.shared).is_dir():
         print(f"{args.shared} is not there: the rows on real weights are left out")
     if args.stage in ("stage2", "stage3"):
@@ -200,6 +203,8 @@ if __name__ == "__main__":
         args.shared
     )
     runs = {name: flags for name, flags in runs.items() if args.only in name}
+    if args.device != "cpu":  # a dry run has no device
+        runs = {name: flags for name, flags in runs.items() if "--dry-run" not in flags}
     if args.stage == "stage2" and "stories260k" in runs and not (ROOT / STORIES_WIRE).exists():
         flags = [*stage1(args.shared)["stories260k-k8-codebook"], "--device", "cpu", "--out", STORIES_WIRE]
         subprocess.run([sys.executable, SCRIPTS["stage1"], *flags], cwd=ROOT, check=True)
@@ -214,6 +219,6 @@ if __name__ == "__main__":
     for chosen in order:
         half = {name: flags for name, flags in runs.items() if chosen(flags)}
         with ThreadPoolExecutor(args.workers) as pool:
-            jobs = [pool.submit(measure, args.stage, n, flags, threads) for n, flags in half.items()]
+            jobs = [pool.submit(measure, args.stage, n, flags, threads, args.device) for n, flags in half.items()]
             done += [job.result() for job in jobs]
     sys.exit(not all(done))

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -36,6 +35,8 @@ def train(out: str, flags: tuple[str, ...]) -> None:
 
 def train_with_little_room(out: str, flags: tuple[str, ...]) -> None:
     """The same, where no file gets larger than 40 kB: a write fails half-way, as on a full disk."""
+    import resource  # not on Windows
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
     train(out, flags)
 

@@ -423,7 +423,7 @@ def test_a_trained_llm_in_8_bits_still_answers(tmp_path):
 
 
 def test_weights_in_4_bits_are_refused_on_a_cpu(random_llm, tmp_path):
-    """bitsandbytes runs its kernel for inference there, which has no gradient, and autograd does not mind."""
+    """bitsandbytes runs its kernel for inference there, which has no gradient, and autograd only warns."""
     llm = save_in_few_bits(tmp_path / "llm", random_llm, load_in_4bit=True)
     run = run_stage(stage1, "--model", llm, "--smoke", "--out", tmp_path / "out")
     assert run.code == 2 and "wrong gradients for weights in 4 bits on a CPU" in run.stderr
