@@ -10,10 +10,10 @@ encoder needs no gradient through an LLM to learn what to say: it is told where 
            + cross-entropy(which token the adapter will read, if it is a codebook)
     last steps: + cross-entropy of the answer, through the LLM, encoder and adapter both learning at a tenth of the rate
 
-At inference the sender never calls the LLM's tokenizer: it predicts the ends, and speaks stage 1's message format. The
-encoder is a stack of convolutions, so a byte sees its 10 neighbours on each side and cost grows linearly with the
-text: a tokenizer's merges are local. What was tried: depthwise convolutions of width 9 with an MLP (slower here, and
-worse per step); codes from mean squared error alone (slower to the exact token than with the codebook's cross-entropy).
+At inference the sender needs no tokenizer: it predicts where tokens end and sends stage 1's format. A tokenizer's
+merges are local, so the encoder is a stack of convolutions: a byte sees its 10 neighbours on each side, and cost grows
+linearly with the text. Two things were tried and lost: depthwise convolutions of width 9 with an MLP (slower, and worse
+per step), and codes from mean squared error alone (slower to the exact token than with the codebook's cross-entropy).
 
     python stage2_encoder.py                                         # the embedded reader; README has time and score
     python stage2_encoder.py --eval-only tiny/wires/stage2           # the shipped wire; stage2-qwen for tiny-qwen
@@ -23,45 +23,83 @@ Letters: B batch, N padded length in bytes, C encoder width, L tokens of a promp
 k code width.
 """
 
-import hashlib
 import random
 import struct
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import common
+from common import (
+    PCA,
+    Batch,
+    Prompt,
+    Reader,
+    answer_logits,
+    check_prompts,
+    evaluate,
+    load_reader,
+    make_batch,
+    score_wire,
+    sent_prompt,
+    show_samples,
+    splice,
+    to_bytes,
+)
 from kernels.adapter import project
+from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved
+from plumbing.checkpoints import module_tensors
+from plumbing.data import halve_windows, load_data
+from plumbing.launch import UserError, launch, set_up
+from plumbing.models import check_fingerprint
+from plumbing.processes import my_share
+from plumbing.report import finish
+from plumbing.spelling import odd_text, prefix_ids, spells, token_ends
+from plumbing.training import Run, identity, micro_batches
+from plumbing.wires import SavedWire, load_module, load_wire, open_out
 from stage1_pca_adapter import Adapter
 
-STAGE = "stage2"
-SHIPPED = {"tiny": "tiny/wires/stage1", "tiny-llama": "tiny/wires/stage1", "tiny-qwen": "tiny/wires/stage1-qwen"}
-ABLATIONS = ("code-target", "boundary-target", "stage1-adapter", "pca")
-
 # ---------------------------------------------------------------------------------------------------------------------
-# arguments
+# configuration: lower case are flags (--help), upper case are fixed
+
+STAGE = "stage2"
+CONFIG = dict(
+    model="tiny",  # an alias, hub id or directory; tiny is embedded and needs no download
+    data="tiny",  # questions about invented passages; or squad, or a file
+    steps=1200,  # six minutes on two cores
+    batch_size=16,  # prompts a step, and as many odd texts
+    lr=3e-3,  # peak; through the LLM from the first step (an ablation) it diverges, and 1e-3 does not
+    stage1=None,  # the trained stage-1 wire to start from; None: the shipped one of the model
+    llm_steps=100,  # the last ones, through the LLM; without them F1 is the same to 0.1 points
+    without=None,  # an ablation: the known target or start that is left out
+)
+FIXED_BY_WIRE = ("model", "data", "stage1", "llm_steps", "without")  # --eval-only reads these from the wire
+BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.01
+WIDTH, KERNEL, LAYERS = 128, 5, 5  # of the encoder
+REACH = LAYERS * (KERNEL // 2)  # bytes that a byte sees on each side
+WEIGHTS = {"end": 10, "mse": 1, "token": 1, "ce": 1}  # of the losses; a wrong end costs a token on each side of it
+ABLATIONS = {  # --without -> the losses that go with it
+    "code-target": ("mse", "token"),
+    "boundary-target": ("end", "mse", "token"),  # a token is then 3 bytes, about one of the embedded readers
+    "stage1-adapter": ("token",),  # its keys are then random and to be learned: no target
+    "pca": (),  # any k orthonormal directions instead of those of most variance
+}
+SHIPPED = {"tiny": "tiny/wires/stage1", "tiny-llama": "tiny/wires/stage1", "tiny-qwen": "tiny/wires/stage1-qwen"}
 
 
 def parse_arguments():
-    parser = common.Parser(description=__doc__.split("\n")[0])
-    common.add_arguments(parser, STAGE, steps=1200, batch_size=16, lr=3e-3)
-    parser.add_argument("--stage1", metavar="WIRE_DIR", help="the trained stage-1 wire to start from; default: shipped")
-    parser.add_argument(
-        "--llm-steps", type=int, help="of the steps, how many last ones go through the LLM; default 100"
-    )
-    parser.add_argument("--without", choices=ABLATIONS, help="an ablation: leave this known target or start out")
-    args = common.finish_arguments(parser)
+    parser = Parser(description=__doc__.split("\n")[0])
+    add_arguments(parser, STAGE, CONFIG)
+    add = parser.add_argument
+    add("--stage1", metavar="WIRE_DIR", help="the trained stage-1 wire to start from; default: the shipped one")
+    add("--llm-steps", type=int, help=f"how many last steps go through the LLM; default: {CONFIG['llm_steps']}")
+    add("--without", choices=ABLATIONS, help="an ablation: leave this known target or start out")
+    args = finish_arguments(parser)
     if args.llm_steps is not None and args.llm_steps < 0:
         parser.error(f"argument --llm-steps: must be 0 or more, not {args.llm_steps}")
     return args
 
-
-# what a trained wire fixes: --eval-only reads these from its config.json and refuses other values
-DEFAULTS = {"model": "tiny", "data": "tiny", "stage1": None, "llm_steps": 100, "without": None}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the encoder: bytes [B,N] -> token ends [B,N], features [B,N,C]; features of an end -> code [k]
@@ -70,16 +108,13 @@ DEFAULTS = {"model": "tiny", "data": "tiny", "stage1": None, "llm_steps": 100, "
 class Encoder(nn.Module):
     """Residual convolutions over bytes. Byte 256 is padding, and the same as nothing: no code depends on it."""
 
-    WIDTH, KERNEL, LAYERS = 128, 5, 5
-    REACH = LAYERS * (KERNEL // 2)  # bytes that a byte sees on each side
-
     def __init__(self, k: int):
         super().__init__()
-        C = self.WIDTH
+        C = WIDTH
         self.embedding = nn.Embedding(257, C)
-        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(self.LAYERS))
-        self.convolutions = nn.ModuleList(nn.Conv1d(C, C, self.KERNEL, padding="same") for _ in range(self.LAYERS))
-        self.mixers = nn.ModuleList(nn.Linear(C, C) for _ in range(self.LAYERS))
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(LAYERS))
+        self.convolutions = nn.ModuleList(nn.Conv1d(C, C, KERNEL, padding="same") for _ in range(LAYERS))
+        self.mixers = nn.ModuleList(nn.Linear(C, C) for _ in range(LAYERS))
         self.norm = nn.LayerNorm(C)
         self.end = nn.Linear(C, 1)
         self.code = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(), nn.Linear(2 * C, k))
@@ -105,7 +140,7 @@ class Wire:
     A prompt starts with the codes of `prefix`, the tokens that stand for no text (a start token), which are constants.
     """
 
-    def __init__(self, reader: common.Reader, encoder: Encoder, adapter: Adapter, prefix_codes: Tensor, rms: Tensor):
+    def __init__(self, reader: Reader, encoder: Encoder, adapter: Adapter, prefix_codes: Tensor, rms: Tensor):
         self.reader, self.encoder, self.adapter = reader, encoder, adapter
         self.prefix_codes, self.constant_rms = prefix_codes, rms  # [P,k], scalar
         self.code_scale = adapter.code_scale
@@ -114,7 +149,7 @@ class Wire:
     @torch.no_grad()
     def segment(self, text: str) -> tuple[Tensor, Tensor]:
         """(ends [L] in bytes, codes [L,k]) that the encoder finds in a text."""
-        data = common.to_bytes([text], self.reader.device)
+        data = to_bytes([text], self.reader.device)
         logits, features = self.encoder(data)  # [1,N], [1,N,C]
         is_end = logits[0] > 0
         if self.fixed_length:
@@ -122,15 +157,15 @@ class Wire:
         is_end[-1] = True
         return is_end.nonzero()[:, 0] + 1, self.encoder.code(features[0, is_end]) * self.code_scale
 
-    def send(self, prompt: common.Prompt) -> bytes:
-        """Text of a prompt -> message. Its token ids are not looked at. Raises UserError for text that is no text.
+    def send(self, prompt: Prompt) -> bytes:
+        """Text of a prompt -> message. Its token ids are not looked at. Raises UserError for half a surrogate pair.
 
         Of a text in which the encoder finds more tokens than the LLM takes, the last are sent.
         """
         _, codes = self.segment(self.reader.spelling.spell(prompt.text))
         room = self.reader.prompt_tokens - len(self.prefix_codes)
         codes = torch.cat([self.prefix_codes, codes[-room:]])
-        return struct.pack("<I", len(codes)) + codes.cpu().numpy().astype("<f2").tobytes()
+        return pack_codes(codes)
 
     @torch.no_grad()
     def receive(self, message: bytes) -> Tensor:
@@ -140,48 +175,27 @@ class Wire:
         return self.adapter(codes.view(count, -1), self.constant_rms)
 
 
+class TrueCodes(Wire):
+    """A control: the sender knows the tokenizer and sends the codes that the encoder should find."""
+
+    def __init__(self, wire: Wire, table_codes: Tensor):
+        super().__init__(wire.reader, wire.encoder, wire.adapter, wire.prefix_codes, wire.constant_rms)
+        self.table_codes = table_codes  # [V,k]
+
+    def send(self, prompt: Prompt) -> bytes:
+        return pack_codes(self.table_codes[prompt.ids])
+
+
+def pack_codes(codes: Tensor) -> bytes:
+    """Codes [L,k] -> message."""
+    return struct.pack("<I", len(codes)) + codes.cpu().numpy().astype("<f2").tobytes()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# what the encoder learns from: prompts, and pieces of text that no prompt would hold
+# the targets: where the tokenizer's tokens end, in prompts and in odd texts that no prompt would hold
 
 
-ODD = (
-    "àâäåçéèêëíîïñóôöøœßúùûüýÿ" "ÀÉÖØŁŽ" "αβγδλπΩ" "жиляюДЖ" "אבג" "عرب" "中文字日本語" "ひらカナ" "한국어"
-    "😀😂🚀🌍👍🏽🇫🇷❤️✨" "“”‘’–—…€£¥°±×÷→≤≥" "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~" "\t\n  "
-)  # fmt: skip
-
-
-def odd_text(rng: random.Random, prompt: str, reader: common.Reader) -> str:
-    """A piece of a prompt with other casing, digits, accents, emoji, other scripts; or random tokens."""
-    if rng.random() < 0.3:
-        ids = [rng.randrange(len(reader.tokenizer)) for _ in range(rng.randint(1, 40))]
-        return reader.tokenizer.decode(ids, skip_special_tokens=True) or "?"
-    start = rng.randrange(len(prompt))
-    words = prompt[start : start + rng.randint(1, 130)].split(" ")
-    rate = rng.choice((0.1, 0.5, 1.0))
-    for i, word in enumerate(words):
-        if rng.random() > rate:
-            continue
-        kind = rng.randrange(7)
-        if kind == 0:
-            words[i] = word.upper()
-        elif kind == 1:
-            words[i] = word.lower() if rng.random() < 0.5 else word.title()
-        elif kind == 2:
-            words[i] = str(rng.randrange(10 ** rng.randint(1, 9)))
-        elif kind == 3:
-            words[i] = "".join(
-                rng.choice("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(1, 12))
-            )
-        elif kind == 4:
-            words[i] = "".join(rng.choice(ODD) if rng.random() < 0.3 else letter for letter in word)
-        elif kind == 5:
-            words[i] = "".join(rng.choice(ODD) for _ in range(rng.randint(1, 6)))
-        else:
-            words[i] = word + rng.choice(ODD) * rng.randint(1, 3)
-    return " ".join(words) or "?"
-
-
-def known_targets(reader: common.Reader, texts: list[str], data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def known_targets(reader: Reader, texts: list[str], data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(real [B,N] bool, is_end [B,N] bool, ids of the tokens that end there, in order), for training only.
 
     A text that the tokens do not spell (a character that the tokenizer does not know) teaches nothing: it is not real.
@@ -189,8 +203,8 @@ def known_targets(reader: common.Reader, texts: list[str], data: Tensor) -> tupl
     real, is_end, all_ids = data < 256, torch.zeros_like(data, dtype=torch.bool), []
     for i, text in enumerate(texts):  # data: of their spelling
         try:
-            ids, ends = common.token_ends(reader, text)
-        except common.UserError:
+            ids, ends = token_ends(reader, text)
+        except UserError:
             real[i] = False
             continue
         is_end[i, torch.tensor(ends, device=data.device) - 1] = True
@@ -198,22 +212,48 @@ def known_targets(reader: common.Reader, texts: list[str], data: Tensor) -> tupl
     return real, is_end, torch.tensor(all_ids, dtype=torch.long, device=data.device)
 
 
-def end_to_end(data: Tensor, *marks: Tensor) -> list[Tensor]:
+def pack_texts(data: Tensor, *marks: Tensor) -> list[Tensor]:
     """Padded texts [B,N], and marks [B,N] of their bytes, as [1,M]: one text after another, just out of reach.
 
     The encoder says of every byte what it says of it in [B,N], with no work for the padding of short texts.
     """
-    apart = Encoder.REACH
-    kept = torch.arange(data.shape[1] + apart, device=data.device) < (data < 256).sum(1, keepdim=True) + apart
-    return [F.pad(x, (0, apart), value=v)[kept][None] for x, v in ((data, 256), *((mark, 0) for mark in marks))]
+    gap = REACH
+    kept = torch.arange(data.shape[1] + gap, device=data.device) < (data < 256).sum(1, keepdim=True) + gap
+    return [F.pad(x, (0, gap), value=v)[kept][None] for x, v in ((data, 256), *((mark, 0) for mark in marks))]
 
 
-def spells(reader: common.Reader, text: str) -> bool:
-    try:
-        common.token_ends(reader, text)
-    except common.UserError:
-        return False
-    return True
+def step_targets(reader: Reader, parts: list[list[dict]], rng: random.Random) -> list[tuple[Tensor, ...]]:
+    """For each micro-batch, of its prompts and as many odd texts, end to end: bytes, real, is_end [1,M] each, and ids.
+
+    See known_targets for their meaning.
+    """
+    targets = []
+    for part in parts:
+        texts = [sent_prompt(reader, row).text for row in part]
+        texts += [odd_text(rng, text, reader) for text in texts]
+        data = to_bytes([reader.spelling.spell(text) for text in texts], reader.device)  # [2B,N]
+        real, is_end, ids = known_targets(reader, texts, data)
+        targets.append((*pack_texts(data, real, is_end), ids))
+    return targets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the losses: ends and codes from their targets, and in the last steps the answer
+
+
+def encoder_losses(
+    wire: Wire, targets: tuple[Tensor, ...], table_codes: Tensor, bytes_of_step: int, tokens_of_step: int,
+    with_codes: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """{"end", "mse", "token"} of a micro-batch (scalars): its part of the means over the whole step."""
+    data, real, is_end, ids = targets
+    logits, features = wire.encoder(data)
+    end = F.binary_cross_entropy_with_logits(logits[real], is_end[real].float(), reduction="sum") / bytes_of_step
+    if not with_codes:
+        return {"end": end}
+    codes = wire.encoder.code(features[is_end]) * wire.code_scale
+    mse, token = code_losses(wire, codes, table_codes[ids], ids, tokens_of_step)
+    return {"end": end, "mse": mse, "token": token}
 
 
 def code_losses(wire: Wire, codes: Tensor, target_codes: Tensor, ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -225,22 +265,22 @@ def code_losses(wire: Wire, codes: Tensor, target_codes: Tensor, ids: Tensor, to
     if wire.adapter.kind != "codebook":
         return mse, torch.zeros_like(mse)
     z, keys = codes / wire.code_scale, wire.adapter.keys.detach()
-    # the codebook's own softmax is close to one-hot: a softer one has a gradient from the first step on
+    # the codebook's softmax is nearly one-hot and has almost no gradient at first; this one is softer
     logits = -2.0 * (keys.square().sum(1) - 2 * z @ keys.T)  # [n,V]
     return mse, F.cross_entropy(logits, ids, reduction="sum") / tokens
 
 
-def answer_loss(wire: Wire, rows: list[dict], batch: common.Batch, targets: int) -> Tensor:
+def answer_loss(wire: Wire, rows: list[dict], batch: Batch, targets: int) -> Tensor:
     """Cross-entropy (scalar) of the answers when the LLM reads what encoder and adapter make of the prompts.
 
     Tokens end where they truly do, or where the encoder says so in a text that the tokens do not spell. Summed over
     `batch` of these rows and divided by the `targets` answer tokens of the whole step.
     """
     reader = wire.reader
-    texts = [common.sent_prompt(reader, row).text for row in rows]
-    data = common.to_bytes([reader.spelling.spell(text) for text in texts], reader.device)  # [B,N]
+    texts = [sent_prompt(reader, row).text for row in rows]
+    data = to_bytes([reader.spelling.spell(text) for text in texts], reader.device)  # [B,N]
     real = data < 256
-    line, real_line = end_to_end(data, real)
+    line, real_line = pack_texts(data, real)
     logits, features = wire.encoder(line)
     if wire.fixed_length:
         is_end = (torch.arange(data.shape[1], device=data.device) + 1) % wire.fixed_length == 0
@@ -253,25 +293,9 @@ def answer_loss(wire: Wire, rows: list[dict], batch: common.Batch, targets: int)
     counts = is_end.sum(1).tolist()
     codes = (wire.encoder.code(features[real_line][is_end[real]]) * wire.code_scale).split(counts)  # [L,k] each
     received = wire.adapter(torch.cat([part for c in codes for part in (wire.prefix_codes, c)]), wire.constant_rms)
-    spliced, embeddings = common.splice(reader, batch, received.split([len(wire.prefix_codes) + n for n in counts]))
-    logits = common.answer_logits(reader, spliced, embeddings)
-    return F.cross_entropy(logits, spliced.labels[spliced.labels != common.IGNORE], reduction="sum") / targets
-
-
-def halve(reader: common.Reader, rows: list[dict]) -> list[dict]:
-    """Windows of a text, of which the first half travels, as its text, and the LLM predicts the second.
-
-    The first half is tokenised again, as whoever receives a text would. A half that does not survive that (cut inside
-    a character, say) is left out.
-    """
-    halves = []
-    for row in rows:
-        middle = len(row["ids"]) // 2
-        text = reader.tokenizer.decode(row["ids"][:middle], skip_special_tokens=True)
-        ids = common.tokenize(reader, text) if text else []
-        if text and reader.tokenizer.decode(ids, skip_special_tokens=True) == text:
-            halves.append({"ids": (ids + row["ids"][middle:])[: reader.context_tokens], "sent": len(ids)})
-    return halves
+    spliced, embeddings = splice(reader, batch, received.split([len(wire.prefix_codes) + n for n in counts]))
+    logits = answer_logits(reader, spliced, embeddings)
+    return F.cross_entropy(logits, spliced.targets, reduction="sum") / targets
 
 
 @torch.no_grad()
@@ -283,10 +307,10 @@ def measure_encoder(wire: Wire, table_codes: Tensor, rows: list[dict]) -> dict[s
     reader, hits, found, real, exact, cosine, whole, left_out = wire.reader, 0, 0, 0, 0, 0.0, 0, 0
     directions = F.normalize(reader.table, dim=-1)  # [V,d] once: a 7B model's takes a second on a CPU
     for row in rows:
-        text = common.sent_prompt(reader, row).text
+        text = sent_prompt(reader, row).text
         try:
-            ids, ends = common.token_ends(reader, text)
-        except common.UserError:
+            ids, ends = token_ends(reader, text)
+        except UserError:
             left_out += 1
             continue
         found_ends, codes = wire.segment(reader.spelling.spell(text))
@@ -306,251 +330,136 @@ def measure_encoder(wire: Wire, table_codes: Tensor, rows: list[dict]) -> dict[s
     }  # fmt: skip
 
 
+def load_stage1(args) -> SavedWire:
+    """The stage-1 wire that --stage1 names, or the shipped one of --model. Raises UserError."""
+    args.stage1 = args.stage1 or SHIPPED.get(args.model)
+    if args.stage1 is None:
+        raise UserError(
+            f"stage 2 starts from a stage-1 wire: run stage1_pca_adapter.py --model {args.model}, then --stage1 DIR"
+        )
+    keys = ("embedding_width", "code_dim", "adapter", "rms"), ("mean", "components", "target_rms")
+    below = load_wire(args.stage1, "stage1", *keys)
+    if below.config["rms"] != "constant":
+        raise UserError(f"{args.stage1} sends each token's RMS; stage 2 starts from a wire with --rms constant")
+    return below
+
+
 def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
-    # setup: arguments, frozen LLM, data
+    # setup: arguments, the wire of stage 1, frozen LLM, data
     args = parse_arguments()
-    saved_tensors, saved_config = {}, None
+    saved = None
     if args.eval_only:
-        config_keys = ("embedding_width", "code_dim", "adapter", *DEFAULTS, "metrics.train_seconds")
+        config_keys = (*FIXED_BY_WIRE, "embedding_width", "code_dim", "adapter", "metrics.train_seconds")
         tensor_keys = ("mean", "components", "target_rms", "prefix_codes")
-        saved_tensors, saved_config = common.load_wire(args.eval_only, STAGE, config_keys, tensor_keys)
-    common.settle_arguments(args, DEFAULTS, saved_config)
-    if saved_config:
-        args.seed = saved_config["arguments"]["seed"]
-    if args.smoke and not args.eval_only:
+        saved = load_wire(args.eval_only, STAGE, config_keys, tensor_keys)
+    merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
+    if args.smoke and not saved:
         args.llm_steps = min(args.llm_steps, 4)
-    device, device_reason = common.pick_device(args.device)
-    split = args.device == "split"
-    common.seed_everything(args.seed, device)
-    dtype, dtype_reason = common.pick_dtype(args.dtype, device)
-    print(
-        f"device {device.type} ({device_reason}), dtype {str(dtype).removeprefix('torch.')} ({dtype_reason})",
-        flush=True,
-    )
-    stage1_tensors, stage1_config = saved_tensors, saved_config
-    if not args.eval_only:
-        args.stage1 = args.stage1 or SHIPPED.get(args.model)
-        if args.stage1 is None:
-            raise common.UserError(
-                f"stage 2 starts from a stage-1 wire: run stage1_pca_adapter.py --model {args.model}, then --stage1 DIR"
-            )
-        config_keys, tensor_keys = (
-            ("embedding_width", "code_dim", "adapter", "rms"),
-            ("mean", "components", "target_rms"),
-        )
-        where = common.HERE / args.stage1 if args.stage1 in SHIPPED.values() else args.stage1
-        stage1_tensors, stage1_config = common.load_wire(str(where), "stage1", config_keys, tensor_keys)
-        stage1_sha256 = hashlib.sha256((Path(where) / "wire.safetensors").read_bytes()).hexdigest()
-        if stage1_config["rms"] != "constant":
-            raise common.UserError(
-                f"{args.stage1} sends each token's RMS; stage 2 starts from a wire with --rms constant"
-            )
-    reader = common.load_reader(args.model, device, dtype, args.gradient_checkpointing, split)
-    common.check_fingerprint(reader, stage1_config, args.eval_only or args.stage1)
-    vocabulary, d = reader.table.shape
-    data = common.load_data(args.data, reader, args.eval_examples)
-    common.check_questions(reader, data)
-    if data.kind == "text":
-        windows = len(data.test)
-        data.train, data.validation, data.test = (
-            halve(reader, part) for part in (data.train, data.validation, data.test)
-        )
-        if not data.train or not data.test:
-            raise common.UserError(f"--data {args.data}: no window's first half is text that can be tokenised again")
-        print(f"windows whose first half is text by itself: {len(data.test)} of {windows} test windows")
+    below = saved or load_stage1(args)  # where PCA and adapter come from
+    device, dtype = set_up(args)
+    reader = load_reader(args.model, device, dtype, args.gradient_checkpointing, args.device == "split")
+    check_fingerprint(reader, below.config, below.name)
+    data = load_data(args.data, reader, args.eval_examples)
+    halve_windows(args.data, data, reader)
+    check_prompts(reader, data)
     tried = (data.train_rows(args.seed, 0, 16) + data.test)[:16]
-    if not args.eval_only and not any(spells(reader, common.sent_prompt(reader, row).text) for row in tried):
-        raise common.UserError(
+    if not saved and not any(spells(reader, sent_prompt(reader, row).text) for row in tried):
+        raise UserError(
             f"--model {args.model}: the names of its tokens do not spell its prompts, so token ends are not known"
         )
-    run_arguments = {key: value for key, value in vars(args).items() if key not in ("out", "resume", "eval_only")}
-    checkpoint_path = Path(args.out) / "checkpoint.safetensors"
-    resumed = common.load_checkpoint(checkpoint_path, run_arguments, reader.fingerprint) if args.resume else None
-    if resumed and resumed["stage1_sha256"] != stage1_sha256:
-        raise common.UserError(
-            f"--resume: {checkpoint_path} was made from another wire than {args.stage1} is now; start without --resume"
-        )
-    print(f"model {args.model}: V {vocabulary}, d {d}, fingerprint {reader.fingerprint}")
-    size = "unlimited" if data.train is None else len(data.train)
-    print(f"data {args.data} ({data.kind}): {size} training rows, {len(data.test)} test rows", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # model: PCA and adapter of stage 1, and the encoder. The LLM is frozen.
-    mean, components = stage1_tensors["mean"].to(device), stage1_tensors["components"].to(device)
-    k = stage1_config["code_dim"]
+    (vocabulary, d), k, without = reader.table.shape, below.config["code_dim"], args.without
+    mean, components, rms = (below.tensors[name].to(device) for name in ("mean", "components", "target_rms"))
     if tuple(components.shape) != (d, k):
-        raise common.UserError(
-            f"{args.eval_only or args.stage1}: its components are {list(components.shape)}, not {[d, k]}"
-        )
-    if args.without == "pca" and not args.eval_only:  # any k orthonormal directions instead of those of most variance
+        raise UserError(f"{below.name}: its components are {list(components.shape)}, not {[d, k]}")
+    if without == "pca" and not saved:
         components = torch.linalg.qr(torch.randn(d, k)).Q.to(device)
     table_codes = project(reader.table, mean, components).to(torch.float16).float()  # [V,k]
-    ones = torch.ones(vocabulary, device=device)
-    adapter = Adapter(
-        stage1_config["adapter"], common.PCA(mean, components, torch.ones(d)), reader, table_codes, ones
-    ).to(device)
-    if args.eval_only or args.without not in ("pca", "stage1-adapter"):
-        common.load_module(adapter, "adapter.", stage1_tensors, args.eval_only or args.stage1)
-    elif args.without == "stage1-adapter":
+    pca, ones = PCA(mean, components, torch.ones(d)), torch.ones(vocabulary, device=device)
+    adapter = Adapter(below.config["adapter"], pca, reader, table_codes, ones).to(device)
+    if saved or without not in ("pca", "stage1-adapter"):
+        load_module(adapter, "adapter.", below.tensors, below.name)
+    elif without == "stage1-adapter":
         for parameter in adapter.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=parameter.std().item())
-    prefix = common.prefix_ids(reader)
+    prefix_codes = saved.tensors["prefix_codes"].to(device) if saved else table_codes[prefix_ids(reader)]
     encoder = Encoder(k).to(device)
-    if args.eval_only:
-        common.load_module(encoder, "encoder.", saved_tensors, args.eval_only)
-    constant_rms = stage1_tensors["target_rms"].to(device)
-    prefix_codes = saved_tensors["prefix_codes"].to(device) if args.eval_only else table_codes[prefix]
-    wire = Wire(reader, encoder, adapter, prefix_codes, constant_rms)
-    if args.without == "boundary-target":
-        wire.fixed_length = 3  # about a token of the embedded readers
-    out = common.open_out(args.out)
+    if saved:
+        load_module(encoder, "encoder.", saved.tensors, saved.name)
+    wire = Wire(reader, encoder, adapter, prefix_codes, rms)
+    wire.fixed_length = 3 if without == "boundary-target" else 0
+    out = open_out(args.out)
     trained_parameters = sum(p.numel() for p in encoder.parameters())
-    print(f"encoder: {trained_parameters:,} trained parameters, a byte sees {Encoder.REACH} on each side", flush=True)
+    print(f"encoder: {trained_parameters:,} trained parameters, a byte sees {REACH} on each side", flush=True)
     print(f"adapter {adapter.kind} of {args.stage1}, k {k} of d {d}", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # training
-    history: list[dict] = []
-    steps = 0 if args.eval_only else args.steps
-    step, train_seconds = 0, 0.0
-    through_llm_always = args.without in ("stage1-adapter", "code-target", "boundary-target")
+    dropped = ABLATIONS.get(without, ())
+    always_through_llm = without in ("stage1-adapter", "code-target", "boundary-target")
+    parameters = [*encoder.parameters(), *adapter.parameters()]
     groups = [{"params": encoder.parameters()}, {"params": adapter.parameters()}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    if resumed:
-        adapter.load_state_dict(resumed["adapter"])
-        encoder.load_state_dict(resumed["encoder"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        step, train_seconds, history = resumed["step"], resumed["train_seconds"], resumed["history"]
-        print(f"resumed at step {step}", flush=True)
-    else:
-        checkpoint_path.unlink(missing_ok=True)  # of an older run: this one must not be taken for it
-    common.write_jsonl(out / "metrics.jsonl", history)
-    accumulation = args.batch_size // args.micro_batch_size
-    assert accumulation * args.micro_batch_size == args.batch_size, (args.batch_size, args.micro_batch_size)
-    progress = common.Progress(steps, step)
-    guard, started = common.Guard(steps, resumed), time.perf_counter() - train_seconds
-    while step < steps:
-        # warm-up over 5% of the steps, then linearly to zero; a tenth of that through the LLM
-        scale = min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
-        through_llm = step >= steps - args.llm_steps or through_llm_always
-        if step == steps - args.llm_steps:
-            guard.norms.clear()  # another loss has other gradients
-        optimizer.param_groups[0]["lr"] = args.lr * scale
-        optimizer.param_groups[1]["lr"] = args.lr * scale * (1.0 if through_llm_always else 0.1 if through_llm else 0.0)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    modules = {"adapter": adapter, "encoder": encoder}
+    identified = identity(args, reader.fingerprint, below.sha256)
+    run = Run(args, out, modules, optimizer, identified, show=lambda: show_samples(wire, data))
+    for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
+        through_llm = step >= args.steps - args.llm_steps or always_through_llm
+        if step == args.steps - args.llm_steps:
+            run.forget_norms()  # another loss has other gradients
+        # warm-up over 5% of the steps, then linearly to zero; the adapter learns through the LLM only
+        warmth = min(1.0, (step + 1) / (0.05 * args.steps), (args.steps - step) / (0.95 * args.steps))
+        optimizer.param_groups[0]["lr"] = args.lr * warmth
+        optimizer.param_groups[1]["lr"] = args.lr * warmth * (1.0 if always_through_llm else 0.1 * through_llm)
         rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
-        parts = [rows[i * args.micro_batch_size : (i + 1) * args.micro_batch_size] for i in range(accumulation)]
-        losses = {"loss_end": 0.0, "loss_mse": 0.0, "loss_token": 0.0, "loss_ce": 0.0}
-        known = []  # of each part: bytes, which are real, which end a token, ids of the tokens
-        rng = random.Random(f"{args.seed}-{step}-0")
-        for part in parts if args.without != "boundary-target" else []:
-            texts = [common.sent_prompt(reader, row).text for row in part]
-            texts += [odd_text(rng, text, reader) for text in texts]
-            data_bytes = common.to_bytes([reader.spelling.spell(text) for text in texts], device)  # [2B,N]
-            real, is_end, ids = known_targets(reader, texts, data_bytes)
-            known.append((*end_to_end(data_bytes, real, is_end), ids))
-        batches = [common.make_batch(reader, part) for part in parts] if through_llm else []
-        # every part's losses are its share of the whole step's means
-        bytes_of_step = max(1, sum(int(real.sum()) for _, real, _, _ in known))
-        tokens_of_step = max(1, sum(len(ids) for *_, ids in known))
-        targets_of_step = sum(int((batch.labels != common.IGNORE).sum()) for batch in batches)
-        # all micro-batches, unless torchrun started several processes
-        for number, part in common.own_share(list(enumerate(parts))):
-            total = torch.zeros((), device=device)
+        parts = micro_batches(rows, args.micro_batch_size)
+        known = [] if "end" in dropped else step_targets(reader, parts, random.Random(f"{args.seed}-{step}-0"))
+        batches = [make_batch(reader, part) for part in parts] if through_llm else []
+        # losses are means over the whole step, so that the micro-batch size changes nothing
+        real_bytes = max(1, sum(int(real.sum()) for _, real, _, _ in known))
+        tokens = max(1, sum(len(ids) for *_, ids in known))
+        targets = sum(len(batch.targets) for batch in batches)
+        for number, part in my_share(enumerate(parts)):  # all of them, unless torchrun started several processes
+            losses = dict.fromkeys(WEIGHTS, 0.0)
             if known:
-                data_bytes, real, is_end, ids = known[number]
-                logits, features = encoder(data_bytes)
-                end = F.binary_cross_entropy_with_logits(logits[real], is_end[real].float(), reduction="sum")
-                end = end / bytes_of_step
-                total = total + 10 * end
-                losses["loss_end"] += end.item()
-            if known and args.without != "code-target":
-                codes = encoder.code(features[is_end]) * wire.code_scale
-                mse, token = code_losses(wire, codes, table_codes[ids], ids, tokens_of_step)
-                total = total + mse
-                losses["loss_mse"] += mse.item()
-                if args.without != "stage1-adapter":  # there the keys are random: not a target, but to be learned
-                    total = total + token
-                    losses["loss_token"] += token.item()
+                losses |= encoder_losses(wire, known[number], table_codes, real_bytes, tokens, "mse" not in dropped)
             if through_llm:
-                ce = answer_loss(wire, part, batches[number], targets_of_step)
-                total = total + ce
-                losses["loss_ce"] += ce.item()
-            total.backward()
-        summed = common.add_up([*encoder.parameters(), *adapter.parameters()], list(losses.values()))
-        losses = dict(zip(losses, summed, strict=True))
-        norm = torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *adapter.parameters()], 1.0)
-        if guard.accepts(sum(losses.values()), norm.item(), step + 1):
+                losses["ce"] = answer_loss(wire, part, batches[number], targets)
+            losses |= dict.fromkeys(dropped, 0.0)
+            sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
+            run.add(**losses)
+        run.reduce()  # gradients and losses, summed over the processes
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if run.accepts(norm):  # neither NaN nor a spike
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        train_seconds = time.perf_counter() - started
-        if step % 10 == 0 or step in (1, steps):
-            history.append(common.rounded({"step": step, "lr": args.lr * scale} | losses))
-            common.append_jsonl(out / "metrics.jsonl", history[-1] | {"seconds": round(train_seconds, 1)})
-        progress.show(step, " ".join(f"{n.removeprefix('loss_')} {v:.4f}" for n, v in losses.items() if v))
-        if guard.due(step):
-            common.save_checkpoint(
-                checkpoint_path,
-                {
-                    "adapter": adapter.state_dict(), "encoder": encoder.state_dict(),
-                    "optimizer": optimizer.state_dict(), "step": step, "train_seconds": train_seconds,
-                    "history": history, "arguments": run_arguments, "fingerprint": reader.fingerprint,
-                    "stage1_sha256": stage1_sha256, "guard": guard.state(),
-                },
-            )  # fmt: skip
-            guard.saved(step)
-            common.print_samples(reader, data, wire.send, wire.receive)
-    guard.close()
 
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: the wire and every control, on test passages whose names were never seen
-    print(f"evaluating on {len(data.test)} test rows", flush=True)
-    eval_started = time.perf_counter()
     encoder.eval()
     batch_size = 2 * args.micro_batch_size  # no gradients: twice the rows fit
-    metrics, records = common.evaluate(reader, data, batch_size, wire.send, wire.receive)
+    metrics, records = evaluate(wire, data, batch_size)
     print("  controls: the encoder's own targets, the true codes through the same adapter", flush=True)
     controls = measure_encoder(wire, table_codes, data.test)
-
-    def send_true_codes(prompt: common.Prompt) -> bytes:
-        codes = table_codes[prompt.ids]
-        return struct.pack("<I", len(codes)) + codes.cpu().numpy().astype("<f2").tobytes()
-
-    if data.kind == "text":
-        what, true_codes = "NLL", common.mean_nll(reader, data.test, batch_size, send_true_codes, wire.receive)
-    else:
-        messages = [send_true_codes(common.sent_prompt(reader, row)) for row in data.test]
-        what, true_codes = "F1", common.score(common.generate(reader, messages, batch_size, wire.receive), data.test)[0]
-    controls["true_codes"] = true_codes
-    metrics |= {
-        "stage": STAGE, "model": args.model, "data": args.data, "seed": args.seed,
-        "steps": saved_config["arguments"]["steps"] if args.eval_only else args.steps,
-        "train_seconds": saved_config["metrics"]["train_seconds"] if args.eval_only else train_seconds,
-        "eval_seconds": time.perf_counter() - eval_started, "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."), "versions": common.versions(), "commit": common.commit(),
-    }  # fmt: skip
-    metrics = common.rounded(metrics)
-    extra = [
-        ("token ends: F1", f"{controls['boundary_f1']:.2f}", f"all right in {controls['whole_prompts']:.1f}% of texts"),
+    controls["true_codes"], answers = score_wire(TrueCodes(wire, table_codes), data, batch_size)
+    whole, unit = f"all right in {controls['whole_prompts']:.1f}% of texts", "F1" if answers else "NLL"
+    rows = [
+        ("token ends: F1", f"{controls['boundary_f1']:.2f}", whole),
         ("exact tokens, %", f"{controls['exact_token']:.2f}", "nearest embedding after the adapter, at the right end"),
         ("cosine of codes", f"{controls['code_cosine']:.3f}", "with the PCA codes, at the right ends"),
-        (f"true codes, same adapter: {what}", f"{true_codes:.3f}", "what the encoder is measured against"),
-    ]  # fmt: skip
-    config = {
-        "stage": STAGE, "model": args.model, "fingerprint": reader.fingerprint, "embedding_width": d, "code_dim": k,
-        "adapter": adapter.kind, "stage1": args.stage1, "llm_steps": args.llm_steps, "without": args.without,
-        "data": args.data, "arguments": saved_config["arguments"] if args.eval_only else run_arguments,
-        "metrics": metrics, "controls": common.rounded(controls),
-    }  # fmt: skip
-    tensors = {
-        "mean": mean, "components": components, "target_rms": wire.constant_rms, "prefix_codes": wire.prefix_codes,
-    }  # fmt: skip
-    tensors |= {f"adapter.{name}": tensor for name, tensor in adapter.state_dict().items()}
-    tensors |= {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    common.finish_run(out, tensors, config, history, records, extra, f"stage 2: bytes -> {k} numbers a token")
+        (f"true codes, same adapter: {unit}", f"{controls['true_codes']:.3f}", "what the encoder aims at"),
+    ]
+    config = {"embedding_width": d, "code_dim": k, "adapter": adapter.kind}
+    config |= {"stage1": args.stage1, "llm_steps": args.llm_steps, "without": without}
+    tensors = {"mean": mean, "components": components, "target_rms": rms, "prefix_codes": prefix_codes}
+    tensors |= module_tensors(modules)
+    title = f"stage 2: bytes -> {k} numbers a token"
+    finish(run, reader, saved, title, metrics, controls, config, rows, records, tensors)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    launch(main)

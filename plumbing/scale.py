@@ -1,12 +1,14 @@
-"""What a real model needs, and what the wire adds to it: from the model's shape alone, with no weights and no hub.
+"""What a model needs, and what the wire adds to a training step: from the model's shape alone, without its weights.
 
     python stage1_pca_adapter.py --model llama-3.1-70b --dry-run                # counts bytes and FLOPs, allocates none
     python stage1_pca_adapter.py --model llama-7b --random-weights --steps 20             # times steps, on a GPU
     python stage1_pca_adapter.py --model llama-7b --random-weights 2 --steps 10           # two of its layers, on a CPU
 
 Both look at one micro-batch of stage 1: LENGTH tokens a row, of which ANSWER are the answer, and the rest is sent.
-The dry run *runs* that step, on fake tensors, which have a shape and no numbers: what is alive at its peak is counted,
-not guessed, for whatever architecture transformers has.
+The dry run *runs* that step on fake tensors, which have a shape and no numbers. So it counts the bytes alive at the
+peak instead of guessing them, for every architecture of transformers.
+
+Functions take `stage1`, the module whose step they measure, so that nothing here imports a stage.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import statistics
 import time
 import weakref
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +31,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-import common
-import stage1_pca_adapter as stage1
+import kernels.adapter  # noqa: F401  registers torch.ops.latentwire
+from common import IGNORE, MAX_NEW_TOKENS, PCA, Batch, Reader, answer_logits, embedding_table, fit_pca
+from plumbing.hub import MODELS
+from plumbing.launch import ROOT, UserError, commit, name_of, set_up, versions
+from plumbing.models import check_memory, checkpoint_layers
+from plumbing.report import print_table, rounded
 
-logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it cannot do is said once, by us
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # CannotTrace says it in one line
 
 LENGTH, ANSWER = 512, 16  # tokens of a row, and of its answer: a long passage of SQuAD with its question
 CARDS = {"24 GB": 24e9, "40 GB": 40e9, "80 GB": 80e9, "141 GB": 141e9}
-ROOM = 0.92  # of a card's memory; the rest is the driver's, the libraries' and lost between blocks
+USABLE = 0.92  # share of a card's memory; the driver and the libraries take the rest, or it is lost between blocks
 
 # what config.json of these models says, so that their shapes are here without the hub
 SHAPES = {
@@ -56,21 +63,21 @@ def config_of(name: str, layers: int | None = None) -> transformers.PretrainedCo
     if name in SHAPES:
         config = transformers.LlamaConfig(**SHAPES[name])
     else:
-        target = common.MODELS.get(name, name)
-        where = common.HERE / target if target.startswith("tiny/") else Path(target).expanduser()
+        target = MODELS.get(name, name)
+        where = ROOT / target if target.startswith("tiny/") else Path(target).expanduser()
         local = where.is_dir()
         try:
             config = transformers.AutoConfig.from_pretrained(where if local else target, local_files_only=local)
         except (OSError, ValueError, KeyError) as error:
             line = str(error).strip().split("\n")[0][:160]
             shapes = ", ".join(SHAPES)
-            raise common.UserError(
+            raise UserError(
                 f"--model {name}: no config.json of it, here or on the hub ({line}); with no hub: {shapes}, a directory"
             ) from None
     text = config.get_text_config()
     if layers is not None:
         if layers > text.num_hidden_layers:
-            raise common.UserError(f"--random-weights {layers}: {name} has {text.num_hidden_layers} layers")
+            raise UserError(f"--random-weights {layers}: {name} has {text.num_hidden_layers} layers")
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):  # of some architectures: one for each layer
             with contextlib.suppress(AttributeError):  # or made from their number
@@ -78,31 +85,31 @@ def config_of(name: str, layers: int | None = None) -> transformers.PretrainedCo
     return config
 
 
-def random_reader(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> common.Reader:
+def random_reader(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> Reader:
     """A frozen LLM of this shape with random weights. It has no tokenizer: batches are random ids."""
     config = config_of(name, layers)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False).eval()
-    table, context = common.embedding_table(model), getattr(config.get_text_config(), "max_position_embeddings", LENGTH)
-    return common.Reader(name, model, None, table, context, "random", device, dtype)
+    table, context = embedding_table(model), getattr(config.get_text_config(), "max_position_embeddings", LENGTH)
+    return Reader(name, model, None, table, context, "random", device, dtype)
 
 
-def random_batch(reader: common.Reader, rows: int, length: int, answer: int) -> common.Batch:
+def random_batch(reader: Reader, rows: int, length: int, answer: int) -> Batch:
     """Ids with the frequencies of Zipf's law, so that some repeat as in real text. Tensors [rows, length]."""
     generator = torch.Generator().manual_seed(0)
     share = 1 / torch.arange(1, len(reader.table) + 1)
     ids = torch.multinomial(share, rows * length, replacement=True, generator=generator).view(rows, length)
     sent = (torch.arange(length) < length - answer).expand(rows, -1)
-    labels = torch.where(sent, common.IGNORE, ids)
-    return common.Batch(*(part.to(reader.device) for part in (ids, torch.ones_like(ids), sent, labels)))
+    labels = torch.where(sent, IGNORE, ids)
+    return Batch(*(part.to(reader.device) for part in (ids, torch.ones_like(ids), sent, labels)))
 
 
-def random_wire(reader: common.Reader, k: int, kind: str) -> stage1.Wire:
+def random_wire(stage1: ModuleType, reader: Reader, k: int, kind: str):
     """A wire as stage 1 builds it, around an adapter that has learned nothing: its speed is that of any other."""
     d, device = reader.table.shape[1], reader.device
     components, _ = torch.linalg.qr(torch.randn(d, k, device=device))
-    pca = common.PCA(reader.table.mean(0), components, torch.ones(d, dtype=torch.float64))
+    pca = PCA(reader.table.mean(0), components, torch.ones(d, dtype=torch.float64))
     wire = stage1.Wire(reader, pca, "constant", reader.table.square().mean().sqrt())
     counts = torch.ones(len(reader.table), device=device)
     wire.adapter = stage1.Adapter(kind, pca, reader, wire.codes, counts).to(device)
@@ -125,7 +132,7 @@ def adapt_backward_flops(g, out, codes, weight, bias, target, scale, ids, gram, 
 # one training step, three ways
 
 
-def steps_of(wire: stage1.Wire, batch: common.Batch) -> dict:
+def steps_of(stage1: ModuleType, wire, batch: Batch) -> dict:
     """{name: step()}, each a forward and a backward pass over the batch.
 
     wire: as stage 1 trains, optimiser included. LLM alone: the same LLM on its own embeddings, with no wire. plain: the
@@ -133,7 +140,7 @@ def steps_of(wire: stage1.Wire, batch: common.Batch) -> dict:
     """
     reader, adapter = wire.reader, wire.adapter
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
-    targets, sent, variance = (batch.labels != common.IGNORE).sum(), batch.sent.sum(), reader.table.var()
+    targets, sent, variance = (batch.labels != IGNORE).sum(), batch.sent.sum(), reader.table.var()
 
     def update(loss: Tensor) -> None:
         loss.backward()
@@ -147,8 +154,8 @@ def steps_of(wire: stage1.Wire, batch: common.Batch) -> dict:
 
     def alone() -> None:
         embeddings = reader.table[batch.ids].requires_grad_()
-        logits = common.answer_logits(reader, batch, embeddings)
-        F.cross_entropy(logits, batch.labels[batch.labels != common.IGNORE], reduction="sum").div(targets).backward()
+        logits = answer_logits(reader, batch, embeddings)
+        F.cross_entropy(logits, batch.labels[batch.labels != IGNORE], reduction="sum").div(targets).backward()
 
     def plain() -> None:
         ids = batch.ids[batch.sent]
@@ -158,7 +165,7 @@ def steps_of(wire: stage1.Wire, batch: common.Batch) -> dict:
             inputs_embeds=embeddings.to(reader.dtype), attention_mask=batch.attention, use_cache=False
         )
         logits = output.logits.float().flatten(0, 1)  # [B * T, V]
-        ce = F.cross_entropy(logits, batch.labels.flatten(), ignore_index=common.IGNORE)
+        ce = F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE)
         update(ce + F.mse_loss(decoded, real) / variance)
 
     return {"wire": with_wire, "LLM alone": alone, "plain": plain}
@@ -198,32 +205,32 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / statistics.median(times[1:])
 
 
-def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
+def measure(stage1: ModuleType, args, device: torch.device, dtype: torch.dtype) -> dict:
     """Time and memory of training steps of a model with random weights; prints a table. args: stage 1's."""
     remedy = (
         "time fewer layers (--random-weights LAYERS) or use --dtype bfloat16, --gradient-checkpointing or a smaller"
     )
-    with contextlib.suppress(Uncounted):
-        traced = trace(args, dtype, args.gradient_checkpointing)
+    with contextlib.suppress(CannotTrace):
+        traced = trace(stage1, args, dtype, args.gradient_checkpointing)
         need = traced["training_bytes"] + 4 * traced["logits_everywhere"]  # of the plain way, softmax and gradients too
-        common.check_memory(f"--model {args.model}: a step takes", need, device, f"{remedy} --micro-batch-size")
+        check_memory(f"--model {args.model}: a step takes", need, device, f"{remedy} --micro-batch-size")
     reader = random_reader(args.model, args.random_weights or None, device, dtype)
     vocabulary, d = reader.table.shape
     k, layers = args.code_dim or max(1, d // 8), reader.model.config.get_text_config().num_hidden_layers
     rows = args.micro_batch_size
     batch = random_batch(reader, rows, min(LENGTH, reader.context_tokens), ANSWER)
-    one_row = common.Batch(batch.ids[:1], batch.attention[:1], batch.sent[:1], batch.labels[:1])
-    wire = random_wire(reader, k, args.adapter)
+    one_row = Batch(batch.ids[:1], batch.attention[:1], batch.sent[:1], batch.labels[:1])
+    wire = random_wire(stage1, reader, k, args.adapter)
     print(f"{args.model}, {layers} layers, random weights: V {vocabulary}, d {d}, {args.adapter} adapter, k {k}")
     print(f"{batch.ids.numel()} random tokens a step, {len(batch.ids[batch.sent].unique())} different", flush=True)
-    steps = steps_of(wire, batch)
+    steps = steps_of(stage1, wire, batch)
 
     def checkpointing(name: str) -> None:
         if args.gradient_checkpointing:
-            common.checkpoint_layers(reader.model, name != "plain")
+            checkpoint_layers(reader.model, name != "plain")
 
     peaks, flops, times = {}, {}, {name: [] for name in steps}
-    for name, step in steps_of(wire, one_row).items():  # without checkpointing: MFU does not count what is done twice
+    for name, step in steps_of(stage1, wire, one_row).items():  # no checkpointing: MFU counts no work twice
         with FlopCounterMode(display=False) as counter:
             step()
         flops[name] = rows * counter.get_total_flops()
@@ -264,7 +271,7 @@ def measure(args, device: torch.device, dtype: torch.dtype) -> dict:
         "plain_over_wire": paired(lambda wire, alone, plain: plain / wire),
         "memory_over_plain": peaks["wire"] / peaks["plain"] if peaks["plain"] else None,
     }  # fmt: skip
-    common.print_table(
+    print_table(
         f"a training step, {args.steps} times each, in turns",
         [
             (
@@ -315,32 +322,32 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-class Uncounted(common.UserError):
+class CannotTrace(UserError):
     """A step that cannot run on fake tensors."""
 
 
-def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
+def trace(stage1: ModuleType, args, dtype: torch.dtype, checkpointing: bool) -> dict:
     """What one micro-batch of stage 1 takes: shapes, bytes at its peak, FLOPs. Mirrors `stage1.step_losses`."""
     with FakeTensorMode(), PeakMemory() as memory:
         reader = random_reader(args.model, args.random_weights or None, torch.device("cpu"), dtype)
         V, d = reader.table.shape
         k = args.code_dim or max(1, d // 8)
         if k > d:
-            raise common.UserError(f"--code-dim {k} is above the embedding width of {args.model}, {d}")
+            raise UserError(f"--code-dim {k} is above the embedding width of {args.model}, {d}")
         text = reader.model.config.get_text_config()
         rows, length = args.micro_batch_size, min(LENGTH, reader.context_tokens)
         sent_tokens = rows * (length - ANSWER)
-        unique_tokens = round(different(V, sent_tokens))
-        pca = common.PCA(torch.zeros(d), torch.zeros(d, k), torch.zeros(d, dtype=torch.float64))
+        unique_tokens = round(expected_unique_tokens(V, sent_tokens))
+        pca = PCA(torch.zeros(d), torch.zeros(d, k), torch.zeros(d, dtype=torch.float64))
         codes = torch.zeros(V, k)
 
-        def adapter_of(kind: str) -> stage1.Adapter:
+        def adapter_of(kind: str) -> torch.nn.Module:
             return stage1.Adapter(kind, pca, reader, codes, torch.ones(V))
 
         adapter, controls = adapter_of(args.adapter), [adapter_of(args.adapter), adapter_of("linear")]
-        adapter.blended = lambda z: slice(None)  # which tokens a codebook blends depends on numbers: all, at the most
+        adapter.blended = lambda z: slice(None)  # fake tensors have no values: assume that every token is blended
         if checkpointing:
-            common.checkpoint_layers(reader.model)
+            checkpoint_layers(reader.model)
         gc.collect()
         resting = memory.peak = memory.now
 
@@ -363,8 +370,8 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
             step()
         except RuntimeError as error:  # some operations have no rule for tensors without numbers
             line, name = str(error).split("\n")[0][:120], type(reader.model).__name__
-            raise Uncounted(
-                f"--model {args.model}: a step of a {name} cannot be counted in {str(dtype).removeprefix('torch.')} "
+            raise CannotTrace(
+                f"--model {args.model}: a step of a {name} cannot be counted in {name_of(dtype)} "
                 f"without running it ({line}): try another --dtype, or time it with --random-weights"
             ) from None
         activations, flops = memory.peak - resting, 0
@@ -399,7 +406,7 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
         in_full = held["weights"] - numbers * dtype.itemsize
         few_bits = {"8": in_full + numbers + 4 * scales, "4": in_full + numbers // 2 + numbers // 16}
         evaluation = {
-            "keys and values": 2 * rows * (length + common.MAX_NEW_TOKENS) * cache,
+            "keys and values": 2 * rows * (length + MAX_NEW_TOKENS) * cache,
             "identity wire": 4 * (V * d + 2 * d * d),
         }
         return {
@@ -413,7 +420,7 @@ def trace(args, dtype: torch.dtype, checkpointing: bool) -> dict:
         }  # fmt: skip
 
 
-def different(vocabulary: int, tokens: int) -> float:
+def expected_unique_tokens(vocabulary: int, tokens: int) -> float:
     """Expected number of different ones among so many tokens that follow Zipf's law."""
     ranks = range(1, vocabulary + 1)
     total = sum(1 / rank for rank in ranks)
@@ -421,13 +428,13 @@ def different(vocabulary: int, tokens: int) -> float:
 
 
 def pca_seconds(vocabulary: int, d: int) -> float:
-    """Time of `common.fit_pca` on this machine, from a small one: V d^2 for the covariance, d^3 for its vectors."""
+    """Time of `fit_pca` on this machine, from a small one: V d^2 for the covariance, d^3 for its vectors."""
     small = 1024
 
     def seconds(tokens: int) -> float:
         table = torch.randn(tokens, small)
         started = time.perf_counter()
-        common.fit_pca(table, torch.ones(tokens))
+        fit_pca(table, torch.ones(tokens))
         return time.perf_counter() - started
 
     few, many = (min(seconds(tokens) for _ in range(3)) for tokens in (small, 8 * small))
@@ -438,16 +445,16 @@ def pca_seconds(vocabulary: int, d: int) -> float:
 
 def several_gpus(need: float) -> list[tuple[str, str, str]]:
     """The row that says how many GPUs hold what none holds alone."""
-    counts = {card: math.ceil(need / (ROOM * memory)) for card, memory in list(CARDS.items())[-2:]}
+    counts = {card: math.ceil(need / (USABLE * memory)) for card, memory in list(CARDS.items())[-2:]}
     if min(counts.values()) == 1:
         return []
     many = " or ".join(f"{count} of {card}" for card, count in counts.items())
     return [("--device split", many, "at least, with checkpointing: the LLM's layers over several GPUs")]
 
 
-def dry_run(args, dtype: torch.dtype) -> dict:
+def dry_run(stage1: ModuleType, args, dtype: torch.dtype) -> dict:
     """Print what stage 1 needs of a GPU and of the host for this model, and return it. args: stage 1's."""
-    ways = {name: trace(args, dtype, on) for name, on in (("without", False), ("with", True))}
+    ways = {name: trace(stage1, args, dtype, on) for name, on in (("without", False), ("with", True))}
     shape = ways["without"]
     rows, length = shape["batch"]
 
@@ -457,14 +464,14 @@ def dry_run(args, dtype: torch.dtype) -> dict:
     held, step = shape["held"], {name: way["activations"] for name, way in ways.items()}
     needs = {name: max(way["training_bytes"], way["evaluation_bytes"]) for name, way in ways.items()}
     fits = {
-        name: [card for card, memory in CARDS.items() if need <= ROOM * memory] or ["no single one"]
+        name: [card for card, memory in CARDS.items() if need <= USABLE * memory] or ["no single one"]
         for name, need in needs.items()
     }
     seconds = pca_seconds(shape["vocabulary"], shape["d"])
     table = [
         ("parameters", f"{shape['parameters'] / 1e9:.3f} B", f"{shape['layers']} layers, d {shape['d']}, V "
          f"{shape['vocabulary']}; trained: {shape['trained_parameters'] / 1e6:.2f} M ({args.adapter}, k {shape['k']})"),
-        ("weights", gigabytes(held["weights"]), f"{str(dtype).removeprefix('torch.')}, frozen: no gradients"),
+        ("weights", gigabytes(held["weights"]), f"{name_of(dtype)}, frozen: no gradients"),
         ("", gigabytes(shape["weights_in_bits"]["8"]), "saved in 8 bits by bitsandbytes; in 4 bits "
          + gigabytes(shape["weights_in_bits"]["4"])),
         ("embedding table", gigabytes(held["embedding table"]), "float32"),
@@ -481,7 +488,7 @@ def dry_run(args, dtype: torch.dtype) -> dict:
         ("PCA", f"{seconds:.0f} s", "once, on this machine's CPU"),
     ]  # fmt: skip
     where = "per GPU" if dtype == torch.bfloat16 else "per GPU, in float32"
-    common.print_table(f"dry run: stage 1 on {args.model}, {where}", table)
+    print_table(f"dry run: stage 1 on {args.model}, {where}", table)
     shared = {key: value for key, value in shape.items() if key not in ("activations", "training_bytes")}
     return {
         "model": args.model, "adapter": args.adapter, **shared,
@@ -490,19 +497,15 @@ def dry_run(args, dtype: torch.dtype) -> dict:
     }  # fmt: skip
 
 
-def report(args) -> None:
-    """What --dry-run or --random-weights prints; the last line is JSON. args: stage 1's."""
+def report(args, stage1: ModuleType) -> None:
+    """Print what --dry-run or --random-weights asks for; the last line is JSON. args: stage 1's."""
     if args.dry_run:
-        dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16  # what `auto` is on a GPU
-        result = dry_run(args, dtype)
+        dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16  # `auto` is bfloat16 on a GPU
+        result = dry_run(stage1, args, dtype)
     else:
-        device, device_reason = common.pick_device(args.device)
-        common.seed_everything(args.seed, device)
-        dtype, dtype_reason = common.pick_dtype(args.dtype, device)
-        name = str(dtype).removeprefix("torch.")
-        print(f"device {device.type} ({device_reason}), dtype {name} ({dtype_reason})", flush=True)
-        result = measure(args, device, dtype)
+        device, dtype = set_up(args)
+        result = measure(stage1, args, device, dtype)
         result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         result["threads"] = torch.get_num_threads()
-    result |= {"dtype": str(dtype).removeprefix("torch."), "versions": common.versions(), "commit": common.commit()}
-    print(json.dumps(common.rounded(result)))
+    result |= {"dtype": name_of(dtype), "versions": versions(), "commit": commit()}
+    print(json.dumps(rounded(result)))
