@@ -35,7 +35,7 @@ adapter does too, with k = V (softmax weights; of a large V, the tokens that a b
 embedding table as weight. It looks like attention, softmax(z keys^T) @ table, and gets no kernel of its own: a value
 row is d = 4096 wide, so a fused program cannot hold its output and would score all keys again for every 512 columns,
 which doubles the FLOPs (scores are k/d = 1/8 of them) to save 4 passes over [N, V]: 62 us beside 195 us of matmuls at
-N = 512, V = 32k on an H200, by arithmetic. What it takes on a CPU is in the README.
+N = 512, V = 32k on an H200, by arithmetic. What it takes on a CPU is in results/README.md.
 
 Where it runs: Triton on CUDA (compute capability 8.0 and later; float16, bfloat16, float32), plain torch everywhere
 else (CPU, MPS, float64, Windows and macOS, where triton is not even imported). Products accumulate in float32. The

@@ -1,7 +1,9 @@
-"""Benchmark of the operator, and of what the wire costs in a whole training step. JSON on stdout, a table on stderr.
+"""Benchmark of the operator, and of the codebook's parts. JSON on stdout, a table on stderr.
 
     python kernels/bench.py > results/kernels/cpu.json       # about 6 minutes on two cores; float32
     python results/run_kernels.py                            # tests, this (bfloat16 on CUDA), and where the JSON goes
+
+A whole training step is timed by `stage1_pca_adapter.py --random-weights`.
 
 Columns, all in one run: naive (the equation in eager torch), strong (addmm, F.rms_norm, times target), compiled
 (torch.compile of the strong one; max-autotune on CUDA), library (cuBLAS, then our one norm kernel; CUDA only), ours.
@@ -25,11 +27,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python kernels/bench.py` puts kernels/ there instead
 
-import common
-import scale
-import stage1_pca_adapter as stage1
 from kernels import adapter
 from kernels.adapter import EPS, adapt, gram_matrix, reconstruct, reference
+from plumbing.launch import commit, name_of, versions
+from plumbing.report import rounded
 
 WIDTH, CODE_WIDTH, VOCABULARY = 4096, 512, 32000  # a 7B model's
 
@@ -280,47 +281,6 @@ def benchmark_codebook(device: str, dtype: torch.dtype, repeats: int) -> list[di
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a whole stage-1 training step, with and without the wire
-
-
-def benchmark_step(reader: common.Reader, batch: common.Batch, k: int, kind: str, repeats: int) -> dict:
-    """Seconds of a training step as stage 1 runs it, and of the LLM's forward and backward on the same batch alone."""
-    d, device = reader.table.shape[1], reader.device
-    wire = scale.random_wire(reader, k, kind)
-    optimizer = torch.optim.AdamW(wire.adapter.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
-    targets, sent, variance = (batch.labels != common.IGNORE).sum(), batch.sent.sum(), reader.table.var()
-
-    def synchronize():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def with_wire(_):
-        ce, mse, kd = stage1.step_losses(wire, batch, targets, sent, variance, False)
-        (ce + mse + 0.0 * kd).backward()
-        torch.nn.utils.clip_grad_norm_(wire.adapter.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        synchronize()
-
-    def without(_):
-        embeddings = reader.table[batch.ids].requires_grad_()
-        logits = common.answer_logits(reader, batch, embeddings)
-        F.cross_entropy(logits, batch.labels[batch.labels != common.IGNORE], reduction="sum").div(targets).backward()
-        synchronize()
-
-    times = cpu_times({"with": with_wire, "without": without}, repeats)
-    shares = [1 - b / a for a, b in zip(times["with"], times["without"], strict=True)]
-    return {
-        "reader": reader.name, "layers": reader.model.config.num_hidden_layers, "d": d, "k": k, "adapter": kind,
-        "dtype": str(reader.dtype).removeprefix("torch."), "batch": list(batch.ids.shape),
-        "unique_tokens": len(batch.ids[batch.sent].unique()),
-        "step": microseconds(times["with"]), "without_wire": microseconds(times["without"]),
-        "wire_share": statistics.median(shares),
-        "overhead": statistics.median(times["with"]) / statistics.median(times["without"]) - 1,
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=0, help="timings a row; default: 50 on CUDA, 9 on the CPU")
@@ -334,27 +294,14 @@ def main() -> None:
     ceiling = ceilings(device, dtype)
     result = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "dtype": str(dtype).removeprefix("torch."), "versions": common.versions(), "commit": common.commit(),
+        "dtype": name_of(dtype), "versions": versions(), "commit": commit(),
         "repeats": repeats, "ceilings": ceiling,
         "operator": benchmark_operator(device, dtype, sizes, ceiling, repeats),
-        "codebook": benchmark_codebook(device, dtype, repeats), "step": [],
+        "codebook": benchmark_codebook(device, dtype, repeats),
     }  # fmt: skip
     if adapter.HAVE_TRITON:
         result["versions"]["triton"] = adapter.triton.__version__
-    reader = common.load_reader("tiny", torch.device(device), torch.float32)
-    data = common.load_data("tiny", reader, 10)
-    batch = common.make_batch(reader, data.train_rows(0, 0, 16))
-    for kind in ("codebook", "linear", "mlp"):
-        result["step"].append(benchmark_step(reader, batch, 24, kind, 3 * repeats))
-    if not args.smoke:
-        reader = scale.random_reader("llama-7b", 32 if device == "cuda" else 2, torch.device(device), dtype)
-        reader.name = "7B shape"
-        batch = scale.random_batch(reader, 4, 256, 16)
-        for kind in ("linear", "codebook"):
-            result["step"].append(benchmark_step(reader, batch, CODE_WIDTH, kind, 10 if device == "cuda" else 3))
-    for row in result["step"]:
-        print(f"{row['reader']}, {row['adapter']}: wire {100 * row['wire_share']:.1f}% of the step", file=sys.stderr)
-    print(json.dumps(common.rounded(result), indent=1))
+    print(json.dumps(rounded(result), indent=1))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ class Run:
     def add(self, **losses: Tensor | float) -> None:
         """Add a micro-batch's part of the step's losses."""
         for name, value in losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + float(value)
+            value = value.item() if isinstance(value, Tensor) else value
+            self.losses[name] = self.losses.get(name, 0.0) + value
 
     def note(self, **values: float) -> None:
         """More numbers of this step for metrics.jsonl."""

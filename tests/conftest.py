@@ -1,4 +1,4 @@
-"""What the tests share: a tiny random LLM for cheap runs, and a stage run inside this process."""
+"""What the tests share: a tiny random LLM for cheap runs, a stage run inside this process, one small wire per stage."""
 
 import contextlib
 import io
@@ -17,7 +17,14 @@ HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE.parent / "shared"  # real data and models beside the project, where there are any
 sys.path[:0] = [str(HERE), str(HERE / "tiny")]  # pretrain.py is a script beside world.py
 
-import common  # noqa: E402
+import stage0_broken as stage0  # noqa: E402
+import stage1_pca_adapter as stage1  # noqa: E402
+import stage2_encoder as stage2  # noqa: E402
+import stage3_full as stage3  # noqa: E402
+from plumbing.launch import launch  # noqa: E402
+
+CPU = torch.device("cpu")
+QUICK = ("--steps", "4", "--batch-size", "4", "--eval-examples", "8")
 
 
 def need(path: Path) -> Path:
@@ -28,11 +35,14 @@ def need(path: Path) -> Path:
 
 
 class Run:
+    """A finished run of a stage: exit code, stdout, stderr."""
+
     def __init__(self, code: int, stdout: str, stderr: str):
         self.code, self.stdout, self.stderr = code, stdout, stderr
 
     @property
     def result(self) -> dict:
+        """The JSON line."""
         return json.loads(self.stdout.strip().split("\n")[-1])
 
 
@@ -42,12 +52,19 @@ def run_stage(module, *flags: str) -> Run:
     sys.argv = [f"{module.STAGE}.py", *map(str, flags)]
     try:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            common.run(module.main)
+            launch(module.main)
     except SystemExit as stop:
         code = stop.code
     finally:
         sys.argv = argv
     return Run(code, stdout.getvalue(), stderr.getvalue())
+
+
+def succeed(module, *flags: str) -> Run:
+    """`run_stage` of a run that must end well."""
+    run = run_stage(module, *flags)
+    assert run.code == 0, run.stderr
+    return run
 
 
 def save_random_llm(directory: Path, config, tokenizer_from: Path) -> Path:
@@ -70,3 +87,27 @@ def random_llm(tmp_path_factory) -> Path:
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
     return save_random_llm(tmp_path_factory.mktemp("llm"), config, HERE / "tiny" / "tiny-llama")
+
+
+def ladder_flags(llm: Path, wires: Path) -> dict:
+    """name -> (module, flags) of every stage on an LLM, each on top of the wire of the one before, in `wires`."""
+    on = ("--model", llm)
+    return {
+        "stage0": (stage0, on),
+        "stage1": (stage1, (*on, "--code-dim", "8")),
+        "stage2": (stage2, (*on, "--stage1", wires / "stage1", "--llm-steps", "2")),
+        "stage3": (stage3, ("--stage2", wires / "stage2")),
+        "direct": (stage3, (*on, "--receiver", "direct", "--wire", wires / "stage3")),
+    }
+
+
+LADDER = ("stage0", "stage1", "stage2", "stage3", "direct")
+
+
+@pytest.fixture(scope="session")
+def ladder(random_llm, tmp_path_factory) -> Path:
+    """A folder with one small trained wire per stage (and of a direct receiver), each on top of the other."""
+    wires = tmp_path_factory.mktemp("ladder")
+    for name, (module, flags) in ladder_flags(random_llm, wires).items():
+        (wires / f"{name}.txt").write_text(succeed(module, *flags, *QUICK, "--out", wires / name).stdout)
+    return wires
