@@ -1,713 +1,521 @@
-"""README tables and figures from the JSON in results/. Nothing in them is typed by hand.
+"""Tables, figures and a few sentences from the JSON in results/. No number in them is typed by hand.
 
-python results/make.py            # rewrites the README between its markers, results/stage1.png and results/roofline.png
-python results/make.py --check    # exit code 1 if the README does not say what the JSON says
+python results/make.py            # rewrites README.md and results/README.md between their markers, and three figures
+python results/make.py --check    # changes nothing; exit code 1 if a file does not say what the JSON says
+
+The lines between <!-- stage1-headline --> and <!-- /stage1-headline --> are those that stage1_headline() returns.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
-ORDER = ("tiny", "tiny-qwen")
+BLOCKS = {
+    HERE.parent / "README.md": "ladder stage0-number stage1-number stage2-number stage3-number minutes",
+    HERE / "README.md": (
+        "stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity stage1-adapters "
+        "stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights stage3-message "
+        "stage3-direct stage3-direct-ablations stage3-ablations stage3-harder kernels-operator kernels-codebook "
+        "kernels-compiled scale-dry scale-steps"
+    ),
+}
+MODELS = ("tiny", "tiny-qwen")
+ORDER = (*MODELS, "prompt", "context")  # what comes first in a table
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows: a row is one run, or the runs that differ in their seed alone
+
+
+def mean_and_std(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def merged(runs: list[dict]) -> dict:
+    """One row for all these runs: a number becomes its mean, and row["score"] has texts such as "97.2 ± 0.1"."""
+    row = runs[0] | {"score": defaultdict(lambda: "n/a"), "std": {}}
+    for key, value in runs[0].items():
+        if isinstance(value, int | float):
+            values = [run[key] for run in runs]
+            row[key], row["score"][key] = statistics.mean(values), mean_and_std(values)
+            row["std"][key] = statistics.stdev(values) if len(runs) > 1 else 0
+    if len(runs) > 1:
+        row["command"] = re.sub(r"(--seed |/seed)\d", r"\1S", row["command"])
+    return row | {"seeds": len(runs)}
+
+
+def flat(run: dict) -> dict:
+    """The run with its metrics and its controls beside everything else."""
+    return merged([run | run.get("metrics", {}) | run.get("controls", {})])
 
 
 def load(folder: str) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted((HERE / folder).glob("*.json"))]
+    paths = sorted((HERE / folder).glob("*.json"))
+    return [flat(json.loads(path.read_text(encoding="utf-8"))) | {"file": path.stem} for path in paths]
 
 
-def benchmarks() -> list[dict]:
-    """What kernels/bench.py measured, by machine; GPUs first."""
-    return sorted(
-        (row for row in load("kernels") if "operator" in row), key=lambda row: row["device"].startswith("CPU")
-    )
+def in_order(runs: list[dict], *keys: str) -> list[dict]:
+    """Sorted by these keys: as ORDER says, wide codes before narrow ones, everything else by its value."""
+
+    def rank(value):
+        return ORDER.index(value) if value in ORDER else -value if isinstance(value, int) else value
+
+    return sorted(runs, key=lambda run: [rank(run[key]) for key in keys])
 
 
-def spread(rows: list[dict], key: str) -> str:
-    """mean, or mean and sample standard deviation over seeds."""
-    values = [row["metrics"][key] if key in row["metrics"] else row["controls"][key] for row in rows]
-    if any(value is None for value in values):
-        return "n/a"
-    mean = statistics.mean(values)
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
-
-
-def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+def grouped(runs: list[dict], *keys: str) -> list[dict]:
+    """A row for all runs that agree in these keys, sorted by them."""
     groups = defaultdict(list)
+    for run in in_order(runs, *keys):
+        groups[tuple(run[key] for key in keys)].append(run)
+    return [merged(group) for group in groups.values()]
+
+
+def named(runs: list[dict], *files: str) -> list[dict]:
+    return [run for file in files for run in runs if run["file"] == file]
+
+
+STAGE0, STAGE1, STAGE2, STAGE3, KERNELS, SCALE = map(load, ("stage0", "stage1", "stage2", "stage3", "kernels", "scale"))
+ADAPTERS = [run for run in STAGE1 if run["data"] == "tiny"]
+CONSTANT_RMS = [run for run in ADAPTERS if run["rms"] == "constant" and not run["kd_weight"]]
+READINGS = [flat(run | other) for run in STAGE3 for other in ({}, *run["others"])]  # one for each receiver
+BENCHES = sorted((run for run in KERNELS if "operator" in run), key=lambda bench: bench["device"].startswith("CPU"))
+
+
+def readers(runs: list[dict]) -> list[dict]:
+    """The default run of stage 0 or 2, over its seeds: a row for each reader."""
+    return grouped([run for run in runs if "-seed" in run["file"]], "model")
+
+
+def adapter_rows(adapter: str, times: int | None = None) -> list[dict]:
+    """Stage 1 with this adapter, over its seeds: a row for each reader and width, or for codes `times` smaller."""
+    rows = grouped([run for run in CONSTANT_RMS if run["adapter"] == adapter], "model", "code_dim")
+    return [row for row in rows if times in (None, row["embedding_width"] // row["code_dim"])]
+
+
+def message_rows(carries: str) -> list[dict]:
+    """The default run of stage 3, over its seeds: a row for each reader."""
+    runs = [run for run in READINGS if run["file"].startswith("seed") and run["wire_carries"] == carries]
+    return grouped(runs, "model")
+
+
+def direct_runs(steps: int = 1600) -> list[dict]:
+    """Stage 3 with a direct receiver: after the 1,600 steps of its second training, or after so many."""
+    runs = [run for run in STAGE3 if run.get("receiver") == "direct" and run["steps"] == steps]
+    return in_order(runs, "model", "rate")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables: a column is a template that is filled with the row, or a function of the row
+
+Columns = dict[str, str | Callable[[dict], str]]
+READER: Columns = {"reader": "{model}"}
+F1: Columns = {"F1 from text": "{score[text_f1]}", "F1 through the wire": "{score[f1]}"}
+RETENTION: Columns = {"retention, %": "{score[retention]}"}
+NLL: Columns = {"NLL (text)": "{nll_wire:.3f} ({nll_text:.3f})"}
+TOKENS: Columns = {"token ends, F1": "{boundary_f1:.2f}", "exact tokens, %": "{exact_token:.2f}"}
+CONTROLS: Columns = {"no context": "{score[no_context_f1]}", "shuffled": "{score[shuffled_f1]}"}
+BYTES: Columns = {"bytes (text)": "{wire_bytes:.0f} ({text_bytes:.0f})"}
+POSITIONS: Columns = {"positions (text)": "{positions:.0f} ({text_positions:.0f})"}
+RUNS: Columns = {"seeds": "{seeds}", "command": "`{command}`"}
+COMMAND: Columns = {"command": "`{command}`"}
+
+
+def table(rows: list[dict], columns: Columns) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
-        groups[tuple(row[key] for key in keys)].append(row)
-    return dict(sorted(groups.items(), key=lambda pair: (ORDER.index(pair[0][0]), -pair[0][1], *map(str, pair[0][2:]))))
-
-
-def without_seed(command: str) -> str:
-    words = command.split()
-    if "--seed" in words:
-        at = words.index("--seed")
-        words[at + 1] = "S"
-    return " ".join(words)
-
-
-def headline(rows: list[dict]) -> list[str]:
-    lines = [
-        "| reader | code width | F1 from text | F1 through the wire | retention, % | untrained codebook: F1 | "
-        "PCA inverse: F1 | no context | shuffled | bytes: wire / text | seeds | command |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    chosen = [r for r in rows if r["data"] == "tiny" and r["adapter"] == "codebook" and r["rms"] == "constant"]
-    for (model, k), group in grouped(chosen, "model", "code_dim").items():
-        metrics = group[0]["metrics"]
-        times = group[0]["embedding_width"] / k
-        lines.append(
-            f"| {model} | {k} ({times:g}x fewer) | {spread(group, 'text_f1')} | {spread(group, 'f1')} | "
-            f"{spread(group, 'retention')} | {spread(group, 'untrained')} | {spread(group, 'pca_inverse')} | "
-            f"{spread(group, 'no_context_f1')} | "
-            f"{spread(group, 'shuffled_f1')} | {metrics['wire_bytes']:.0f} / {metrics['text_bytes']:.0f} | "
-            f"{len(group)} | `{without_seed(group[0]['command'])}` |"
-        )
-    return lines
-
-
-def adapters(rows: list[dict]) -> list[str]:
-    lines = [
-        "| reader | k | adapter | RMS | KD weight | retention, % | F1 | cosine | NLL (text) | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    chosen = [r for r in rows if r["data"] == "tiny"]
-    keys = ("model", "code_dim", "adapter", "rms", "kd_weight")
-    for (model, k, adapter, rms, kd), group in grouped(chosen, *keys).items():
-        cosine, nll, text = (
-            statistics.mean(r["metrics"][key] for r in group) for key in ("cosine", "nll_wire", "nll_text")
-        )
-        lines.append(
-            f"| {model} | {k} | {adapter} | {rms} | {kd:g} | {spread(group, 'retention')} | {spread(group, 'f1')} | "
-            f"{cosine:.3f} | {nll:.3f} ({text:.3f}) | {len(group)} |"
-        )
-    return lines
-
-
-def real_weights(rows: list[dict]) -> list[str]:
-    lines = [
-        "| adapter | RMS | NLL through the wire | NLL from text | untrained | PCA inverse | identity wire | command |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in (r for r in rows if r["data"].endswith(".txt")):
-        metrics, controls = row["metrics"], row["controls"]
-        lines.append(
-            f"| {row['adapter']} | {row['rms']} | {metrics['nll_wire']:.3f} | {metrics['nll_text']:.3f} | "
-            f"{controls['untrained']:.3f} | {controls['pca_inverse']:.3f} | {controls['identity']:.3f} | "
-            f"`{row['command']}` |"
-        )
-    for row in (r for r in rows if r["data"].endswith(".json")):
-        metrics = row["metrics"]
-        lines += [
-            "",
-            f"On SQuAD questions (`{row['command']}`, {metrics['examples']} questions) the same model scores F1 "
-            f"{metrics['text_f1']:.2f} from the text and {metrics['f1']:.2f} through the wire: a language model of "
-            "260K parameters cannot answer questions, so retention says nothing there.",
-        ]
-    return lines
-
-
-def identity(rows: list[dict]) -> list[str]:
-    runs = [r for r in rows if "identity_same_answers" in r["controls"]]
-    same = sum(r["controls"]["identity_same_answers"] for r in runs)
-    total = sum(r["metrics"]["examples"] for r in runs)
-    what = "answers are those from text"
-    return [f"Identity wire (k = d, the RMS sent): {same} of {total} {what}, over all {len(runs)} runs."]
-
-
-def by_seed(stage: str) -> dict[str, list[dict]]:
-    """model -> its runs with the default flags, one per seed."""
-    groups = defaultdict(list)
-    for path in sorted((HERE / stage).glob("*-seed*.json")):
-        row = json.loads(path.read_text())
-        groups[row["model"]].append(row)
-    return {model: groups[model] for model in ORDER if model in groups}
-
-
-def duration(groups: dict[str, list[dict]]) -> list[str]:
-    """How long the default run took; preferably where it had two threads (--workers 1: nothing ran beside it)."""
-    rows = sorted((row for group in groups.values() for row in group), key=lambda row: -row["threads"])
-    if not rows:
-        return []
-    m, threads = rows[0]["metrics"], rows[0]["threads"]
-    beside = "two threads" if threads == 2 else "one thread, and another run beside it"
-    others = sum(other["metrics"]["eval_seconds"] for other in rows[0].get("others", []))
-    evaluation = m["eval_seconds"] + others
-    return [
-        "",
-        f"`{rows[0]['command']}` with {beside}: {(m['train_seconds'] + evaluation) / 60:.1f} minutes, of which "
-        f"{evaluation / 60:.1f} evaluation.",
-    ]
-
-
-def collapse(rows: list[dict]) -> list[str]:
-    lines = [
-        "| reader | F1 from text | F1 through the wire | no context | commonest answer, % | different "
-        "answers to 1,000 | "
-        "latents' cosine | first token right, % | seeds | command |",
-        "|---" * 10 + "|",
-    ]
-    for model, group in by_seed("stage0").items():
-        lines.append(
-            f"| {model} | {spread(group, 'text_f1')} | {spread(group, 'f1')} | {spread(group, 'no_context_f1')} | "
-            f"{spread(group, 'commonest_share')} | {spread(group, 'unique_answers')} | "
-            f"{statistics.mean(row['controls']['latent_cosine'] for row in group):.3f} | "
-            f"{spread(group, 'first_token_accuracy')} | {len(group)} | `{without_seed(group[0]['command'])}` |"
-        )
-    return lines + duration(by_seed("stage0"))
-
-
-def causes(rows: list[dict]) -> list[str]:
-    """One line of evidence for each cause, of seed 0 on each reader."""
-    lines = []
-    for model, group in by_seed("stage0").items():
-        c, m = group[0]["controls"], group[0]["metrics"]
-        lines += [
-            f"- **{model}.** Too many unknowns: gradient RMS {c['gradient_encoder']:.1e} a parameter of the encoder, "
-            f"{c['gradient_adapter']:.1e} of the adapter (in the first steps {c['first_gradient_encoder']:.1e} and "
-            f"{c['first_gradient_adapter']:.1e}); F1 {c['random_encoder_f1']:.1f} with the encoder "
-            "random again, "
-            f"{c['random_adapter_f1']:.1f} with the adapter. No supervision: linear probes read "
-            f"{c['probe_accuracy']:.1f}% "
-            f"of the tokens off the latents, guessing {c['probe_guess']:.1f}%. Compression: 32 positions for "
-            f"{m['text_positions']:.0f} tokens; {c['bits_offered']:.0f} bits offered, {c['bits_needed']:.0f} needed, "
-            f"{c['effective_dimensions']:.1f} of 8192 dimensions used. Mismatch: cosine "
-            f"{c['nearest_cosine']:.2f} to the nearest token (random vectors: {c['random_nearest_cosine']:.2f}), "
-            f"RMS {c['rms']:.3f} against {c['real_rms']:.3f}, norm of the mean "
-            f"{c['mean_norm']:.2f} against "
-            f"{c['real_mean_norm']:.2f}."
-        ]
-    return lines
-
-
-def sweep(rows: list[dict]) -> list[str]:
-    lines = ["| learning rate | steps | F1 | no context | NLL of the answer | different answers |", "|---" * 6 + "|"]
-    for row in sorted(load("stage0"), key=lambda row: (row["arguments"]["steps"], row["arguments"]["lr"])):
-        if row["model"] == "tiny" and row["arguments"]["seed"] == 0:
-            m = row["metrics"]
-            lines.append(
-                f"| {row['arguments']['lr']:g} | {row['arguments']['steps']} | {m['f1']:.1f} | "
-                f"{m['no_context_f1']:.1f} | "
-                f"{m['nll_wire']:.2f} | {m['unique_answers']} |"
-            )
-    return lines
-
-
-def encoder(rows: list[dict]) -> list[str]:
-    lines = [
-        "| reader | F1 from text | F1 through the wire | retention, % | token ends, F1 | exact tokens, "
-        "% | code cosine | "
-        "true codes: F1 | no context | shuffled | bytes: wire / text | seeds | command |",
-        "|---" * 13 + "|",
-    ]
-    for model, group in by_seed("stage2").items():
-        m = group[0]["metrics"]
-        ends, tokens, cosine = (
-            statistics.mean(row["controls"][key] for row in group)
-            for key in ("boundary_f1", "exact_token", "code_cosine")
-        )
-        lines.append(
-            f"| {model} | {spread(group, 'text_f1')} | {spread(group, 'f1')} | {spread(group, 'retention')} "
-            f"| {ends:.2f} | "
-            f"{tokens:.2f} | {cosine:.3f} | {spread(group, 'true_codes')} | {spread(group, 'no_context_f1')} | "
-            f"{spread(group, 'shuffled_f1')} | {m['wire_bytes']:.0f} / {m['text_bytes']:.0f} | {len(group)} | "
-            f"`{without_seed(group[0]['command'])}` |"
-        )
-    return lines + duration(by_seed("stage2"))
-
-
-def ablations(rows: list[dict]) -> list[str]:
-    lines = [
-        "| left out | F1 | retention, % | NLL (text) | token ends, F1 | exact tokens, % | command |",
-        "|---" * 7 + "|",
-    ]
-    names = [path for path in sorted((HERE / "stage2").glob("tiny-without-*.json"))]
-    for path in [HERE / "stage2" / "tiny-seed0.json", *names]:
-        row = json.loads(path.read_text())
-        m, c = row["metrics"], row["controls"]
-        left = path.stem.removeprefix("tiny-without-").replace("-", " ") if path in names else ""
-        left = {
-            "boundary target": "boundary and code targets", "nothing": "nothing, at a rate of 1e-3", "": "nothing",
-        }.get(left, left)  # fmt: skip
-        lines.append(
-            f"| {left} | {m['f1']:.1f} | {m['retention']:.1f} | {m['nll_wire']:.3f} ({m['nll_text']:.3f}) | "
-            f"{c['boundary_f1']:.2f} | {c['exact_token']:.2f} | `{row['command']}` |"
-        )
-    if not names:
-        lines.append("\nThe ablations are not measured yet: `python results/run_stages.py stage2 --only without`.")
-    return lines
-
-
-def harder(rows: list[dict]) -> list[str]:
-    found = [row for row in load("stage2") if "harder-" in row["data"]]
-    if not found:
-        return ["Not measured yet: `python results/run_stages.py stage2`."]
-    lines = [
-        "| reader | passages | F1 from text | F1 through the wire | retention, % | token ends, F1 | exact tokens, % |",
-        "|---" * 7 + "|",
-    ]
-    for row in sorted(found, key=lambda row: (ORDER.index(row["model"]), row["data"])):
-        m, c = row["metrics"], row["controls"]
-        kind = Path(row["data"]).stem.removeprefix("harder-")
-        retention = "n/a" if m["retention"] is None else f"{m['retention']:.1f}"  # nothing to retain
-        lines.append(
-            f"| {row['model']} | {kind} | {m['text_f1']:.1f} | {m['f1']:.1f} | {retention} | "
-            f"{c['boundary_f1']:.2f} | {c['exact_token']:.2f} |"
-        )
-    return lines
-
-
-def encoder_real_weights(rows: list[dict]) -> list[str]:
-    found = [row for row in load("stage2") if row["data"].endswith(".txt")]
-    if not found:
-        return ["On stories260k: not measured yet."]
-    m, c = found[0]["metrics"], found[0]["controls"]
-    return [
-        f"On stories260k (`{found[0]['command']}`), the second half of a window of text, with its first "
-        "half read through "
-        f"the wire: {m['nll_wire']:.3f} nats per token, against {m['nll_text']:.3f} from text and "
-        f"{c['true_codes']:.3f} "
-        f"with the true codes; token ends {c['boundary_f1']:.2f}, exact tokens {c['exact_token']:.2f}%."
-    ]
-
-
-def readings(row: dict) -> list[dict]:
-    """A stage-3 row as one for each receiver, in ORDER."""
-    parts = [{**row, "metrics": row["metrics"], "controls": row["controls"]}, *({**row, **o} for o in row["others"])]
-    return sorted(parts, key=lambda part: ORDER.index(part["metrics"]["model"]))
-
-
-def full(pattern: str) -> dict[tuple[str, str], list[dict]]:
-    """(what travels, reader) -> stage-3 measurements of the runs whose names fit."""
-    groups = defaultdict(list)
-    for path in sorted((HERE / "stage3").glob(pattern)):
-        for part in readings(json.loads(path.read_text())):
-            groups[part["wire_carries"], part["metrics"]["model"]].append(part)
-    return dict(sorted(groups.items(), key=lambda pair: (pair[0][0] != "prompt", ORDER.index(pair[0][1]))))
-
-
-def ladder(rows: list[dict]) -> list[str]:
-    lines = [
-        "| stage | reader | what is learned | F1 from text | F1 through the wire | retention, % | bytes (text) | "
-        "positions (text) | seeds |",
-        "|---" * 9 + "|",
-    ]
-    learned = {
-        "stage0": "all at once, from the answer",
-        "stage1": "the adapter",
-        "stage2": "+ the encoder",
-        "stage3": "+ the message",
-    }
-    groups = {(stage, model): rows for stage in ("stage0", "stage2") for model, rows in by_seed(stage).items()}
-    for model, width in (("tiny", 24), ("tiny-qwen", 20)):
-        groups["stage1", model] = [
-            row for row in rows if (row["model"], row["code_dim"], row["adapter"]) == (model, width, "codebook")
-            and row["rms"] == "constant" and row["data"] == "tiny"
-        ]  # fmt: skip
-    groups |= {("stage3", model): parts for (what, model), parts in full("seed*.json").items() if what == "prompt"}
-    for (stage, model), group in sorted(groups.items(), key=lambda pair: (pair[0][0], ORDER.index(pair[0][1]))):
-        mean = {
-            key: statistics.mean(row["metrics"][key] for row in group)
-            for key in ("wire_bytes", "text_bytes", "positions", "text_positions")
-        }
-        lines.append(
-            f"| {stage[-1]} | {model} | {learned[stage]} | {spread(group, 'text_f1')} | {spread(group, 'f1')} | "
-            f"{spread(group, 'retention')} | {mean['wire_bytes']:.0f} ({mean['text_bytes']:.0f}) | "
-            f"{mean['positions']:.0f} ({mean['text_positions']:.0f}) | {len(group)} |"
-        )
-    return lines
-
-
-def message(rows: list[dict]) -> list[str]:
-    lines = [
-        "| what travels | reader | F1 from text | F1 through the wire | retention, % | no context | shuffled | "
-        "bytes | text | zlib -9 | zlib -9, dictionary | packed token ids | this LLM's own prediction | "
-        "seeds | command |",
-        "|---" * 15 + "|",
-    ]
-    groups = full("seed*.json")
-    if not groups:
-        return ["Not measured yet: `python results/run_stages.py stage3`."]
-    for (what, model), group in groups.items():
-        bound = spread(group, "llm_bound_bytes") if what == "prompt" else ""
-        lines.append(
-            f"| {what} | {model} | {spread(group, 'text_f1')} | {spread(group, 'f1')} | {spread(group, 'retention')} | "
-            f"{spread(group, 'no_context_f1')} | {spread(group, 'shuffled_f1')} | **{spread(group, 'wire_bytes')}** | "
-            f"{group[0]['metrics']['text_bytes']:.0f} | {group[0]['metrics']['zlib_bytes']:.0f} | "
-            f"{group[0]['controls']['zlib_dictionary_bytes']:.0f} | {group[0]['metrics']['packed_token_bytes']:.0f} | "
-            f"{bound} | {len(group)} | `{without_seed(group[0]['command']).replace('/seed0', '/seedS')}` |"
-        )
-    arrived = sum(row["controls"]["arrived"] for group in groups.values() for row in group)
-    total = sum(row["metrics"]["examples"] for group in groups.values() for row in group)
-    return [
-        *lines,
-        "",
-        f"Texts that arrive bit for bit: {arrived} of {total}.",
-        *duration({"": groups["prompt", "tiny"]}),
-    ]
-
-
-def message_ablations(rows: list[dict]) -> list[str]:
-    lines = ["| left out | bytes of a prompt | retention, % | command |", "|---" * 4 + "|"]
-    names = {"seed0": "nothing", "one-receiver": "the second receiver", "without-copies": "copying from the message"}
-    names |= {"without-context": "the last 8 indices", "without-prediction": "any prediction: 10 bits an index"}
-    for name, what in names.items():
-        path = HERE / "stage3" / f"{name}.json"
-        if path.exists():
-            row = json.loads(path.read_text())
-            m = readings(row)[0]["metrics"]
-            lines.append(f"| {what} | {m['wire_bytes']:.1f} | {m['retention']:.1f} | `{row['command']}` |")
-    return lines
-
-
-def direct_runs(short: bool = False) -> list[dict]:
-    """Stage-3 measurements of direct receivers, by reader and rate; or the short runs that compare what they learn."""
-    steps = 300 if short else 1600  # the 2,000 before those 1,600 only made the wire that they start from
-    chosen = [row for row in load("stage3") if row.get("receiver") == "direct" and row["metrics"]["steps"] == steps]
-    return sorted(chosen, key=lambda row: (ORDER.index(row["metrics"]["model"]), row["rate"]))
-
-
-def message_direct(rows: list[dict]) -> list[str]:
-    lines = [
-        "| reader | tokens of a context a position | F1 from text | F1 through the wire | retention, % | no context | "
-        "shuffled | text cut to as many positions | positions (text) | prefill: MFLOPs (unpacked) | "
-        "keys and values, KB (unpacked) | text to first token, ms (unpacked) | command |",
-        "|---" * 13 + "|",
-    ]
-    for row in direct_runs():
-        m, cost = row["metrics"], row["controls"]["prefill"]
-        new, old = cost["direct"], cost["unpack"]
-        lines.append(
-            f"| {m['model']} | {row['rate']:g} | {m['text_f1']:.1f} | {m['f1']:.1f} | {m['retention']:.1f} | "
-            f"{m['no_context_f1']:.1f} | {m['shuffled_f1']:.1f} | {m['truncated_f1']:.1f} | "
-            f"{m['positions']:.0f} ({m['text_positions']:.0f}) | "
-            f"{new['flops'] / 1e6:.0f} ({old['flops'] / 1e6:.0f}) | "
-            f"{new['kv_bytes'] / 1e3:.0f} ({old['kv_bytes'] / 1e3:.0f}) | {new['ms']:.0f} ({old['ms']:.0f}) | "
-            f"`{row['command']}` |"
-        )
-    return lines if len(lines) > 2 else ["Not measured yet: `python results/run_stages.py stage3 --only direct`."]
-
-
-def message_direct_ablations(rows: list[dict]) -> list[str]:
-    lines = ["| learns from | F1 through the wire | retention, % | command |", "|---" * 4 + "|"]
-    learns = {None: "the answer, the teacher's answer, the teacher's states"}
-    learns |= {"states": "the answer, the teacher's answer", "teacher": "the answer"}
-    for row in sorted(direct_runs(short=True), key=lambda row: list(learns).index(row["untaught"])):
-        m = row["metrics"]
-        lines.append(f"| {learns[row['untaught']]} | {m['f1']:.1f} | {m['retention']:.1f} | `{row['command']}` |")
-    return lines
-
-
-def message_harder(rows: list[dict]) -> list[str]:
-    lines = ["| passages | reader | bytes | text | zlib -9 | retention, % |", "|---" * 6 + "|"]
-    for row in (row for row in load("stage3") if "harder-" in row["data"]):
-        for part in readings(row):
-            m, kind = part["metrics"], Path(row["data"]).stem.removeprefix("harder-")
-            retention = "n/a" if m["retention"] is None else f"{m['retention']:.1f}"
-            lines.append(
-                f"| {kind} | {m['model']} | {m['wire_bytes']:.0f} | {m['text_bytes']:.0f} | {m['zlib_bytes']:.0f} | "
-                f"{retention} |"
-            )
-    return lines
-
-
-def draw_frontier(rows: list[dict], path: Path) -> None:
-    """Retention against bytes, and against positions: every stage, both readers, and the baselines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True, sharey=True)
-    for model, color in zip(ORDER, ("#4c72b0", "#c44e52"), strict=True):
-        points = []  # (label, marker, rows)
-        for stage, marker in (("stage0", "x"), ("stage2", "s")):
-            points.append((f"{stage[:-1]} {stage[-1]}", marker, by_seed(stage).get(model, [])))
-        chosen = [r for r in rows if r["model"] == model and r["data"] == "tiny" and r["adapter"] == "codebook"]
-        for group in grouped([r for r in chosen if r["rms"] == "constant"], "model", "code_dim").values():
-            points.append(("stage 1", "^", group))
-        for (what, name), group in full("seed*.json").items():
-            if name == model:
-                points.append((f"stage 3, {what}", {"prompt": "o", "context": "D"}[what], group))
-        for label, marker, group in points:
-            if not group:
-                continue
-            m = {k: statistics.mean(r["metrics"][k] for r in group) for k in ("retention", "wire_bytes", "positions")}
-            for axis, key in zip(axes, ("wire_bytes", "positions"), strict=True):
-                axis.plot(m[key], m["retention"], marker, color=color, label=f"{label}: {model}")
-        direct = [r for r in direct_runs() if r["metrics"]["model"] == model]
-        if direct:
-            xs, ys = zip(*((r["metrics"]["positions"], r["metrics"]["retention"]) for r in direct), strict=True)
-            axes[1].plot(xs, ys, "-", marker="*", markersize=9, color=color, label=f"stage 3, direct: {model}")
-        group = full("seed0.json").get(("prompt", model), [])
-        if not group:
-            continue
-        m, c = group[0]["metrics"], group[0]["controls"]
-        cuts = [*c["truncated"], {"bytes": m["text_bytes"], "positions": m["text_positions"], "f1": m["text_f1"]}]
-        for axis, key in zip(axes, ("bytes", "positions"), strict=True):
-            xs, ys = [cut[key] for cut in cuts], [100 * cut["f1"] / m["text_f1"] for cut in cuts]
-            axis.plot(xs, ys, ":", marker=".", color=color, label=f"truncated text: {model}")
-        for value, label in (
-            (m["zlib_bytes"], "zlib -9"),
-            (c["zlib_dictionary_bytes"], "zlib, dictionary"),
-            (m["packed_token_bytes"], f"packed ids: {model}"),
-            (c["llm_bound_bytes"], f"own prediction: {model}"),
-        ):
-            if model == ORDER[0] or model in label:
-                axes[0].axvline(value, color=color if model in label else "#bbbbbb", linewidth=0.8, linestyle="--")
-                axes[0].text(value, 3, label, rotation=90, fontsize=7, ha="right")
-    axes[0].set(xscale="log", xlabel="bytes on the wire for one prompt or context", ylabel="retention, %")
-    axes[1].set(xlabel="positions that the LLM reads")
-    entries = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def provenance(bench: dict) -> str:
-    versions = bench["versions"]
-    with_triton = f", triton {versions['triton']}" if "triton" in versions else ""
-    return f"{bench['device']}, {bench['dtype']}, torch {versions['torch']}{with_triton}, commit {bench['commit']}"
-
-
-def operator(rows: list[dict]) -> list[str]:
-    """Times of every column, and how many times faster ours is than each of the others, at every N."""
-    lines = []
-    for bench in benchmarks():
-        ceiling = bench["ceilings"]
-        columns = list(dict.fromkeys(row["column"] for row in bench["operator"] if row["column"] != "ours"))
-        lines += [
-            f"{provenance(bench)}; ceilings of the same run: {ceiling['bytes_per_second'] / 1e9:.0f} GB/s copy, "
-            f"{ceiling['flops_per_second'] / 1e12:.3g} TFLOP/s matmul. Medians of {bench['repeats']}.",
-            "",
-            f"| from | N | ours, ms | of the floor, % | {' | '.join(f'{c} / ours' for c in columns)} | error: ours |",
-            "|---" * (5 + len(columns)) + "|",
-        ]
-        groups = defaultdict(dict)
-        for row in bench["operator"]:
-            groups[row["what"], row["N"]][row["column"]] = row
-        shown = {1, 512, max(N for _, N in groups)} if bench["device"].startswith("CPU") else {N for _, N in groups}
-        for (what, N), group in ((key, group) for key, group in groups.items() if key[1] in shown):
-            ours = group["ours"]
-            ratios = [f"{group[c]['p50_us'] / ours['p50_us']:.2f}x" if c in group else "" for c in columns]
-            error = f"{ours['error']:.1e}" if "error" in ours else ""
-            lines.append(
-                f"| {what} | {N} | {ours['p50_us'] / 1e3:.3f} | {100 * ours['floor_us'] / ours['p50_us']:.0f} | "
-                f"{' | '.join(ratios)} | {error} |"
-            )
-        lines.append("")
-    if all(bench["device"].startswith("CPU") for bench in benchmarks()):
-        lines.append("On a GPU: not measured. `python results/run_kernels.py && python results/make.py` adds the rows.")
-    return lines
-
-
-def step(rows: list[dict]) -> list[str]:
-    lines = [
-        "| machine | LLM | layers | d -> k | adapter | batch | unique tokens | step, ms | without a wire, ms | "
-        "the wire's share, % |",
-        "|---" * 10 + "|",
-    ]
-    for bench in benchmarks():
-        for row in bench["step"]:
-            lines.append(
-                f"| {bench['device']} | {row['reader']} | {row['layers']} | {row['d']} -> {row['k']} | "
-                f"{row['adapter']} | "
-                f"{' x '.join(map(str, row['batch']))} | {row['unique_tokens']} | {row['step']['p50_us'] / 1e3:.0f} | "
-                f"{row['without_wire']['p50_us'] / 1e3:.0f} | {100 * row['wire_share']:.1f} |"
-            )
-    return lines
-
-
-def codebook(rows: list[dict]) -> list[str]:
-    lines = [
-        "| machine | V, d, k | scores, ms | softmax, ms | values and RMS, ms | all, ms | library attention, ms |",
-        "|---" * 7 + "|",
-    ]
-    for bench in benchmarks():
-        groups = defaultdict(dict)
-        for row in bench["codebook"]:
-            groups[row["V"], row["d"], row["k"]][row["part"]] = f"{row['p50_us'] / 1e3:.2f}"
-        for sizes, parts in groups.items():
-            cells = [parts[part] for part in ("scores", "softmax", "values and RMS", "all", "attention")]
-            lines.append(f"| {bench['device']} | {', '.join(map(str, sizes))} | {' | '.join(cells)} |")
-    return lines
-
-
-def compiled(rows: list[dict]) -> list[str]:
-    aot = next(row for row in load("kernels") if "kernels" in row)
-    lines = [
-        f"triton {aot['triton']}, bfloat16, sm_90. The other dtypes, sm_80 and sm_89: `results/kernels/aot.json`.",
-        "",
-        "| launch | registers | stack, spills | shared, KB of 227 | occupancy | wgmma | tiles, warps, stages |",
-        "|---" * 7 + "|",
-    ]
-    for row in aot["kernels"]:
-        if (row["arch"], row["dtype"]) == ("sm_90", "bfloat16"):
-            tiles = dict(row["tiles"])
-            warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-            lines.append(
-                f"| {row['launch']} | {row['registers']} | {row['stack_bytes']}, {row['spill_stores']} | "
-                f"{row['shared_bytes'] / 1024:.0f} | {row['occupancy']:.2f} | {'yes' if row['wgmma'] else 'no'} | "
-                f"{' '.join(f'{name} {size}' for name, size in tiles.items())}, {warps}, {stages} |"
-            )
-    return lines
-
-
-def scale_steps(rows: list[dict]) -> list[str]:
-    lines = [
-        "| machine | LLM, layers | adapter | checkpointing | batch | step, s | LLM alone, s | plain, s | "
-        "the wire's share, % | plain / wire, time | wire / plain, memory | tokens/s | MFU, % | "
-        "peak, GB (plain) | command |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in (r for r in load("scale") if "ways" in r):
-        wire, alone, plain = (row["ways"][name] for name in ("wire", "LLM alone", "plain"))
-        cells = [
-            f"CPU, {row['threads']} threads" if row["device"] == "cpu" else row["device"],
-            f"{row['model']}, {row['layers']}",
-            row["adapter"],
-            "yes" if row["gradient_checkpointing"] else "no",
-            f"{row['batch'][0]} x {row['batch'][1]}",
-            *(f"{way['seconds']:.1f}" for way in (wire, alone, plain)),
-            f"{100 * row['wire_share']:.1f}",
-            f"{row['plain_over_wire']:.2f}x",
-            f"{row['memory_over_plain']:.2f}x",
-            f"{wire['tokens_per_second']:.0f}",
-            f"{100 * wire['mfu']:.0f}",
-            f"{wire['peak_bytes'] / 1e9:.2f} ({plain['peak_bytes'] / 1e9:.2f})",
-            f"`{row['command']}`",
-        ]
+        cells = [cell.format_map(row) if isinstance(cell, str) else cell(row) for cell in columns.values()]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def scale_dry(rows: list[dict]) -> list[str]:
-    lines = [
-        "| model | adapter | k | trained, M | weights, GB | training, GB (checkpointing) | evaluation, GB | "
-        "fits a GPU of (checkpointing) | PCA, s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted((r for r in load("scale") if "fits" in r), key=lambda r: r["parameters"]):
-        training = row["training_bytes"]
-        smallest = {name: cards[0] for name, cards in row["fits"].items()}
-        lines.append(
-            f"| {row['model']} | {row['adapter']} | {row['k']} | {row['trained_parameters'] / 1e6:.1f} | "
-            f"{row['held']['weights'] / 1e9:.1f} | {training['without'] / 1e9:.1f} ({training['with'] / 1e9:.1f}) | "
-            f"{row['evaluation_bytes'] / 1e9:.1f} | {smallest['without']} ({smallest['with']}) | "
-            f"{row['pca_seconds']:.0f} |"
+def in_units(unit: float, *keys: str, form: str = "{:.1f}") -> Callable[[dict], str]:
+    """A column of a number, which may lie some keys deep in the row, in another unit."""
+
+    def cell(row: dict) -> str:
+        for key in keys:
+            row = row[key]
+        return form.format(row / unit)
+
+    return cell
+
+
+def with_minutes(run: dict) -> dict:
+    evaluation = run["eval_seconds"] + sum(other["metrics"]["eval_seconds"] for other in run.get("others", []))
+    threads = "1 thread, beside another run" if run["threads"] == 1 else f"{run['threads']} threads"
+    return run | {"minutes": (run["train_seconds"] + evaluation) / 60, "tested": evaluation / 60, "on": threads}
+
+
+def duration(run: dict) -> list[str]:
+    line = "`{command}` took {minutes:.1f} minutes with {on}; {tested:.1f} of them were evaluation."
+    return ["", line.format_map(with_minutes(run))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the main README: the ladder, what to remember of each stage, and how long it takes
+
+
+def ladder() -> list[str]:
+    learned = {"stage0": "all at once, from the answer", "stage1": "the adapter: {adapter}"}
+    learned |= {"stage2": "+ the encoder", "stage3": "+ the message"}
+    rows = readers(STAGE0) + adapter_rows("linear", 8) + adapter_rows("codebook", 8)
+    rows += readers(STAGE2) + message_rows("prompt")
+    columns = {"stage": lambda row: row["stage"][-1]} | READER
+    columns |= {"what is learned": lambda row: learned[row["stage"]].format_map(row)}
+    columns |= F1 | RETENTION | BYTES | POSITIONS | {"seeds": "{seeds}"}
+    return table(in_order(rows, "stage", "model"), columns)
+
+
+def stage0_number() -> list[str]:
+    text = (
+        "Through the wire, the LLM scores F1 {score[f1]}. It scores {text_f1:.1f} when it reads the text, and "
+        "{no_context_f1:.1f} when it reads the question alone (reader {model}, {examples:,} test passages, {seeds} "
+        "seeds): `{command}`"
+    )
+    return [text.format_map(readers(STAGE0)[0])]
+
+
+def stage1_number() -> list[str]:
+    linear, codebook = adapter_rows("linear", 8)[0], adapter_rows("codebook", 8)[0]
+    untrained = mean_and_std([100 * codebook["untrained"] / codebook["text_f1"]])
+    text = (
+        "With 8x fewer numbers per token, the linear adapter keeps {0[score][retention]}% of the F1 from text "
+        "({0[seeds]} seed), and the codebook keeps {1[score][retention]}% ({1[seeds]} seeds). Before any training, the "
+        "codebook already keeps {2}% (reader {1[model]}, {1[examples]:,} test passages): `{0[command]}`, `{1[command]}`"
+    )
+    return [text.format(linear, codebook, untrained)]
+
+
+def stage2_number() -> list[str]:
+    text = (
+        "The LLM keeps {score[retention]}% of its F1 from text. The encoder finds the ends of the tokens with F1 "
+        "{boundary_f1:.2f}, and {exact_token:.2f}% of the tokens are exactly right (reader {model}, {examples:,} test "
+        "passages, {seeds} seeds): `{command}`"
+    )
+    return [text.format_map(readers(STAGE2)[0])]
+
+
+def stage3_number() -> list[str]:
+    text = (
+        "A message has {0[score][wire_bytes]} bytes. The text has {0[text_bytes]:.0f} bytes, or {0[zlib_bytes]:.0f} "
+        "after zlib -9. From the same message, {0[model]} keeps {0[score][retention]}% of its F1 from text, and "
+        "{1[model]} keeps {1[score][retention]}% ({0[examples]:,} test passages, {0[seeds]} seeds): `{0[command]}`"
+    )
+    return [text.format(*message_rows("prompt"))]
+
+
+def minutes() -> list[str]:
+    runs = named(STAGE0, "tiny-seed0") + named(STAGE1, "tiny-k24-codebook-seed0")
+    runs += named(STAGE2, "tiny-seed0") + named(STAGE3, "seed0")
+    columns = {"stage": lambda row: row["stage"][-1], "minutes": "{minutes:.1f}", "of which evaluation": "{tested:.1f}"}
+    return table([with_minutes(run) for run in runs], columns | {"on a CPU, with": "{on}"} | COMMAND)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results/README.md: stage by stage
+
+
+def stage0_collapse() -> list[str]:
+    columns = READER | F1 | {"no context": "{score[no_context_f1]}", "commonest answer, %": "{score[commonest_share]}"}
+    columns |= {"different answers, of 1,000": "{score[unique_answers]}", "cosine of latents": "{latent_cosine:.3f}"}
+    columns |= {"first token right, %": "{score[first_token_accuracy]}"} | RUNS
+    return table(readers(STAGE0), columns) + duration(*named(STAGE0, "tiny-seed0"))
+
+
+def stage0_causes() -> list[str]:
+    """The evidence for each of the four causes, from seed 0 of each reader."""
+    evidence = {
+        "1: gradient RMS per parameter, encoder (adapter)": "{gradient_encoder:.1e} ({gradient_adapter:.1e})",
+        "1: the same in the first steps": "{first_gradient_encoder:.1e} ({first_gradient_adapter:.1e})",
+        "1: F1 after a reset of the encoder (adapter)": "{random_encoder_f1:.1f} ({random_adapter_f1:.1f})",
+        "2: tokens that linear probes read, % (guessing)": "{probe_accuracy:.1f} ({probe_guess:.1f})",
+        "3: latents (tokens of the text)": "32 ({text_positions:.0f})",
+        "3: bits offered (needed)": "{bits_offered:.0f} ({bits_needed:.0f})",
+        "3: dimensions used, of 8192": "{effective_dimensions:.1f}",
+        "4: cosine to the nearest token (random vectors)": "{nearest_cosine:.2f} ({random_nearest_cosine:.2f})",
+        "4: RMS (real embeddings)": "{rms:.3f} ({real_rms:.3f})",
+        "4: norm of the mean (real embeddings)": "{mean_norm:.2f} ({real_mean_norm:.2f})",
+    }
+    runs = named(STAGE0, "tiny-seed0", "tiny-qwen-seed0")
+    rows = [[title, *(cell.format_map(run) for run in runs)] for title, cell in evidence.items()]
+    titles = ("cause: evidence", *MODELS)
+    return table(rows, {title: lambda row, at=at: row[at] for at, title in enumerate(titles)})
+
+
+def stage0_sweep() -> list[str]:
+    columns = {"learning rate": "{arguments[lr]:g}", "steps": "{steps}", "F1": "{f1:.1f}"}
+    columns |= {"no context": "{no_context_f1:.1f}", "NLL of the answer": "{nll_wire:.2f}"}
+    columns |= {"different answers": "{unique_answers}"}
+    runs = [run for run in STAGE0 if run["model"] == "tiny" and run["seed"] == 0]
+    return table(sorted(runs, key=lambda run: (run["steps"], run["arguments"]["lr"])), columns)
+
+
+def stage1_headline() -> list[str]:
+    columns = READER | {"code width": "{code_dim} of {embedding_width}"} | F1 | RETENTION
+    columns |= {"untrained codebook: F1": "{score[untrained]}", "PCA inverse: F1": "{score[pca_inverse]}"}
+    return table(adapter_rows("codebook"), columns | CONTROLS | BYTES | RUNS)
+
+
+def stage1_identity() -> list[str]:
+    runs = [run for run in STAGE1 if "identity_same_answers" in run]
+    same, total = (sum(run[key] for run in runs) for key in ("identity_same_answers", "examples"))
+    gives = f"gives the same answer as the text to {same} of {total} questions, over all {len(runs)} runs"
+    return [f"The identity wire (k = d, with each token's RMS in the message) {gives}."]
+
+
+def stage1_adapters() -> list[str]:
+    columns = READER | {"k": "{code_dim}", "adapter": "{adapter}", "RMS": "{rms}", "KD weight": "{kd_weight:g}"}
+    columns |= RETENTION | {"F1": "{score[f1]}", "cosine": "{cosine:.3f}"} | NLL | {"seeds": "{seeds}"}
+    return table(grouped(ADAPTERS, "model", "code_dim", "adapter", "rms", "kd_weight"), columns)
+
+
+def stage1_real_weights() -> list[str]:
+    columns = {"adapter": "{adapter}", "RMS": "{rms}"}
+    columns |= {"NLL through the wire": "{nll_wire:.3f}", "NLL from text": "{nll_text:.3f}"}
+    columns |= {"untrained": "{untrained:.3f}", "PCA inverse": "{pca_inverse:.3f}", "identity wire": "{identity:.3f}"}
+    squad = (
+        "On {examples} SQuAD questions (`{command}`), the same model scores F1 {text_f1:.2f} from the text and "
+        "{f1:.2f} through the wire. A language model of 260K parameters cannot answer these questions, so retention "
+        "says nothing here."
+    )
+    lines = table([run for run in STAGE1 if run["data"].endswith(".txt")], columns | COMMAND)
+    return lines + ["", *(squad.format_map(run) for run in named(STAGE1, "stories260k-squad"))]
+
+
+def stage2_encoder() -> list[str]:
+    columns = READER | F1 | RETENTION | TOKENS | {"code cosine": "{code_cosine:.3f}"}
+    columns |= {"true codes: F1": "{score[true_codes]}"} | CONTROLS | BYTES | RUNS
+    return table(readers(STAGE2), columns) + duration(*named(STAGE2, "tiny-seed0"))
+
+
+def stage2_ablations() -> list[str]:
+    left_out = {
+        "tiny-seed0": "nothing",
+        "tiny-without-nothing": "nothing, at a learning rate of 1e-3",
+        "tiny-without-boundary-target": "boundary and code targets",
+        "tiny-without-code-target": "code target",
+        "tiny-without-stage1-adapter": "stage 1 adapter",
+        "tiny-without-llm-steps": "LLM steps",
+        "tiny-without-pca": "PCA",
+    }
+    columns = {"left out": lambda row: left_out[row["file"]], "F1": "{f1:.1f}"} | RETENTION | NLL | TOKENS | COMMAND
+    return table(named(STAGE2, *left_out), columns)
+
+
+def passages(run: dict) -> str:
+    """How harder passages differ: "emoji" of harder-emoji.jsonl."""
+    return Path(run["data"]).stem.removeprefix("harder-")
+
+
+def stage2_harder() -> list[str]:
+    runs = in_order([run for run in STAGE2 if "harder-" in run["data"]], "model", "data")
+    return table(runs, READER | {"passages": passages} | F1 | RETENTION | TOKENS)
+
+
+def stage2_real_weights() -> list[str]:
+    text = (
+        "The first half of each window of text travels through the wire, and stories260k predicts the second half "
+        "(`{command}`). The NLL is {nll_wire:.3f} nats per token through the wire, {nll_text:.3f} from text, and "
+        "{true_codes:.3f} with the true codes. The token ends have F1 {boundary_f1:.2f}, and {exact_token:.2f}% of the "
+        "tokens are exactly right."
+    )
+    return [text.format_map(run) for run in named(STAGE2, "stories260k")]
+
+
+def stage3_message() -> list[str]:
+    columns = {"what travels": "{wire_carries}"} | READER | F1 | RETENTION | CONTROLS
+    columns |= {"bytes": "{score[wire_bytes]}", "text": "{text_bytes:.0f}", "zlib -9": "{zlib_bytes:.0f}"}
+    columns |= {"zlib -9, dictionary": "{zlib_dictionary_bytes:.0f}", "packed token ids": "{packed_token_bytes:.0f}"}
+    predicted = {"prompt": "{score[llm_bound_bytes]}", "context": ""}
+    columns |= {"this LLM's own prediction": lambda row: predicted[row["wire_carries"]].format_map(row)} | RUNS
+    runs = [run for run in STAGE3 if run["file"].startswith("seed")]
+    arrived, total = (sum(run[key] for run in runs) for key in ("arrived", "examples"))
+    lines = table(message_rows("prompt") + message_rows("context"), columns)
+    return [*lines, "", f"{arrived} of {total} texts arrive bit for bit.", *duration(*named(STAGE3, "seed0"))]
+
+
+def stage3_direct() -> list[str]:
+    def prefill(key: str, unit: float) -> Callable[[dict], str]:
+        direct, unpacked = (in_units(unit, "prefill", way, key, form="{:.0f}") for way in ("direct", "unpack"))
+        return lambda row: f"{direct(row)} ({unpacked(row)})"
+
+    columns = READER | {"context tokens per position": "{rate:g}"} | F1 | RETENTION | CONTROLS
+    columns |= {"text cut to as many positions": "{truncated_f1:.1f}"} | POSITIONS
+    columns |= {"prefill: MFLOPs (unpacked)": prefill("flops", 1e6)}
+    columns |= {"keys and values, KB (unpacked)": prefill("kv_bytes", 1e3)}
+    columns |= {"text to first token, ms (unpacked)": prefill("ms", 1)}
+    return table(direct_runs(), columns | COMMAND)
+
+
+def stage3_direct_ablations() -> list[str]:
+    learns_from = {
+        "direct-short": "the answer, the teacher's answer, the teacher's states",
+        "direct-short-without-states": "the answer, the teacher's answer",
+        "direct-short-without-teacher": "the answer",
+    }
+    columns = {"learns from": lambda row: learns_from[row["file"]], "F1 through the wire": "{f1:.1f}"}
+    return table(named(STAGE3, *learns_from), columns | RETENTION | COMMAND)
+
+
+def stage3_ablations() -> list[str]:
+    left_out = {
+        "seed0": "nothing",
+        "one-receiver": "the second receiver",
+        "without-copies": "copying from the message",
+        "without-context": "the last 8 indices",
+        "without-prediction": "any prediction: 10 bits per index",
+    }
+    columns = {"left out": lambda row: left_out[row["file"]], "bytes of a prompt": "{wire_bytes:.1f}"}
+    return table(named(STAGE3, *left_out), columns | RETENTION | COMMAND)
+
+
+def stage3_harder() -> list[str]:
+    columns = {"passages": passages} | READER | {"bytes": "{wire_bytes:.0f}", "text": "{text_bytes:.0f}"}
+    columns |= {"zlib -9": "{zlib_bytes:.0f}"} | RETENTION
+    return table(in_order([run for run in READINGS if "harder-" in run["data"]], "data", "model"), columns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results/README.md: the kernels, and models of real shapes
+
+
+def kernels_operator() -> list[str]:
+    """Times of our operator, and how many times longer each of the others takes."""
+
+    def ratio(column: str) -> Callable[[dict], str]:
+        return lambda row: f"{row['all'][column]['p50_us'] / row['p50_us']:.2f}x" if column in row["all"] else ""
+
+    text = (
+        "{device}, {dtype}, {software}, commit {commit}; medians of {repeats} timings. The floor follows from a large "
+        "copy and a large matmul, which reached {copy:.0f} GB/s and {matmul:.3g} TFLOP/s in the same run."
+    )
+    lines = []
+    for bench in BENCHES:
+        cases = defaultdict(dict)
+        for run in bench["operator"]:
+            cases[run["what"], run["N"]][run["column"]] = run
+        on_cpu, most = bench["device"].startswith("CPU"), max(N for _, N in cases)
+        rows = [case["ours"] | {"all": case} for (_, N), case in cases.items() if not on_cpu or N in (1, 512, most)]
+        columns = {"input": "{what}", "N": "{N}", "ours, ms": in_units(1e3, "p50_us", form="{:.3f}")}
+        columns |= {"floor / ours, %": lambda row: f"{100 * row['floor_us'] / row['p50_us']:.0f}"}
+        columns |= {f"{run['column']} / ours": ratio(run["column"]) for run in bench["operator"]}
+        del columns["ours / ours"]
+        columns |= {"error: ours": lambda row: f"{row['error']:.1e}" if "error" in row else ""}
+        copy, matmul = bench["ceilings"]["bytes_per_second"] / 1e9, bench["ceilings"]["flops_per_second"] / 1e12
+        software = ", ".join(
+            f"{name} {bench['versions'][name]}" for name in ("torch", "triton") if name in bench["versions"]
         )
+        about = bench | {"copy": copy, "matmul": matmul, "software": software}
+        lines += [text.format_map(about), "", *table(rows, columns), ""]
+    if BENCHES[0]["device"].startswith("CPU"):
+        lines.append("Not measured on a GPU: `python results/run_kernels.py && python results/make.py` adds the rows.")
     return lines
 
 
-def draw_roofline(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    benches = benchmarks()
-    figure, axes = plt.subplots(1, len(benches), figsize=(6.4 * len(benches), 4.6), squeeze=False, layout="constrained")
-    for axis, bench in zip(axes[0], benches, strict=True):
-        ceiling = bench["ceilings"]
-        intensities = [row["flops"] / row["bytes"] for row in bench["operator"]]
-        line = [min(intensities) / 2, ceiling["flops_per_second"] / ceiling["bytes_per_second"], max(intensities) * 2]
-        roof = [min(x * ceiling["bytes_per_second"], ceiling["flops_per_second"]) / 1e12 for x in line]
-        axis.loglog(line, roof, color="black", label="measured ceilings: copy, matmul")
-        styles = {
-            "naive": ("x", "#999999"),
-            "strong": ("^", "#4c72b0"),
-            "compiled": ("s", "#55a868"),
-            "ours": ("o", "#c44e52"),
-        }
-        for column, (marker, color) in styles.items():
-            for what, fill in (("codes", "none"), ("codes, forward + backward", color)):
-                chosen = [r for r in bench["operator"] if (r["what"], r["column"]) == (what, column)]
-                axis.loglog(
-                    [r["flops"] / r["bytes"] for r in chosen], [r["tflops"] for r in chosen], marker, color=color,
-                    markerfacecolor=fill, label=f"{column}, {what}",
-                )  # fmt: skip
-        axis.set(title=f"{bench['device']}, {bench['dtype']}, d 4096, k 512", xlabel="FLOPs a byte that must be moved")
-    axes[0][0].set_ylabel("TFLOP/s")
-    axes[0][-1].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+def kernels_codebook() -> list[str]:
+    rows = defaultdict(dict)
+    for bench in BENCHES:
+        for run in bench["codebook"]:
+            rows[bench["device"], run["V"]] |= run | {"device": bench["device"], run["part"]: run["p50_us"]}
+    columns = {"machine": "{device}", "V, d, k": "{V}, {d}, {k}"}
+    for part in ("scores", "softmax", "values and RMS", "all", "attention"):
+        title = "library attention" if part == "attention" else part
+        columns[f"{title}, ms"] = in_units(1e3, part, form="{:.2f}")
+    return table(list(rows.values()), columns)
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    import matplotlib
+def kernels_compiled() -> list[str]:
+    def tiles(row: dict) -> str:
+        names = [f"{name} {size}" for name, size in row["tiles"].items() if name.startswith("B")]
+        return f"{' '.join(names)}, {row['tiles']['num_warps']}, {row['tiles']['num_stages']}"
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    (aot,) = named(KERNELS, "aot")
+    columns = {"launch": "{launch}", "registers": "{registers}", "stack, spills": "{stack_bytes}, {spill_stores}"}
+    columns |= {"shared, KB of 227": in_units(1024, "shared_bytes", form="{:.0f}"), "occupancy": "{occupancy:.2f}"}
+    columns |= {"wgmma": lambda row: "yes" if row["wgmma"] else "no", "tiles, warps, stages": tiles}
+    rows = [row for row in aot["kernels"] if (row["arch"], row["dtype"]) == ("sm_90", "bfloat16")]
+    text = "triton {triton}, bfloat16, sm_90; `results/kernels/aot.json` has the other dtypes, sm_80 and sm_89."
+    return [text.format_map(aot), "", *table(rows, columns)]
 
-    chosen = [r for r in rows if r["data"] == "tiny" and r["rms"] == "constant" and not r["kd_weight"]]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True, sharey=True)
-    for axis, model in zip(axes, ORDER, strict=True):
-        groups = grouped([r for r in chosen if r["model"] == model], "model", "code_dim", "adapter")
-        bars = {f"{adapter}\nk = {k}": group for (_, k, adapter), group in groups.items()}
-        means = [statistics.mean(r["metrics"]["f1"] for r in group) for group in bars.values()]
-        errors = [statistics.stdev([r["metrics"]["f1"] for r in g]) if len(g) > 1 else 0 for g in bars.values()]
-        drawn = axis.bar(list(bars), means, yerr=errors, color="#c44e52", label="trained adapter (bar: sd over seeds)")
-        axis.bar_label(drawn, fmt="%.1f", padding=2)
-        inverse = [statistics.mean(r["controls"]["pca_inverse"] for r in group) for group in bars.values()]
-        axis.bar(list(bars), inverse, width=0.3, color="#55555588", label="PCA inverse, untrained")
-        text = statistics.mean(r["metrics"]["text_f1"] for group in bars.values() for r in group)
-        blind = statistics.mean(r["metrics"]["no_context_f1"] for group in bars.values() for r in group)
-        axis.axhline(text, color="black", linestyle="--", label="text")
-        axis.axhline(blind, color="grey", linestyle=":", label="no context")
-        axis.set(title=model, ylim=(0, 112))
-    axes[0].set_ylabel("F1, 1,000 test passages")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    figure.savefig(path, dpi=110)
+
+def scale_dry() -> list[str]:
+    training, less = (in_units(1e9, "training_bytes", way) for way in ("without", "with"))
+    columns = {"model": "{model}", "adapter": "{adapter}", "k": "{k}"}
+    columns |= {"trained, M": in_units(1e6, "trained_parameters"), "weights, GB": in_units(1e9, "held", "weights")}
+    columns |= {"training, GB (checkpointing)": lambda row: f"{training(row)} ({less(row)})"}
+    columns |= {"evaluation, GB": in_units(1e9, "evaluation_bytes")}
+    columns |= {"fits a GPU of (checkpointing)": "{fits[without][0]} ({fits[with][0]})", "PCA, s": "{pca_seconds:.0f}"}
+    return table(sorted((run for run in SCALE if "fits" in run), key=lambda run: run["parameters"]), columns)
+
+
+def scale_steps() -> list[str]:
+    wire, plain = (in_units(1e9, "ways", way, "peak_bytes", form="{:.2f}") for way in ("wire", "plain"))
+    columns = {"machine": lambda row: f"CPU, {row['threads']} threads" if row["device"] == "cpu" else row["device"]}
+    columns |= {"LLM, layers": "{model}, {layers}", "adapter": "{adapter}"}
+    columns |= {"checkpointing": lambda row: "yes" if row["gradient_checkpointing"] else "no"}
+    columns |= {"batch": "{batch[0]} x {batch[1]}", "step, s": "{ways[wire][seconds]:.1f}"}
+    columns |= {"LLM alone, s": "{ways[LLM alone][seconds]:.1f}", "plain, s": "{ways[plain][seconds]:.1f}"}
+    columns |= {"the wire's share, %": in_units(0.01, "wire_share"), "plain / wire, time": "{plain_over_wire:.2f}x"}
+    columns |= {"wire / plain, memory": "{memory_over_plain:.2f}x", "tokens/s": "{ways[wire][tokens_per_second]:.0f}"}
+    columns |= {"MFU, %": in_units(0.01, "ways", "wire", "mfu", form="{:.0f}")}
+    columns |= {"peak, GB (plain)": lambda row: f"{wire(row)} ({plain(row)})"} | COMMAND
+    return table([run for run in SCALE if "ways" in run], columns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the two files and the three figures
+
+
+def filled(path: Path, names: list[str]) -> str:
+    """The text of a file, with every block as the JSON has it now."""
+    where, text = path.relative_to(HERE.parent).as_posix(), path.read_text(encoding="utf-8")
+    markers = re.findall(r"<!-- (/?[\w-]+) -->", text)
+    for name in names:
+        if " ".join(markers).count(f"{name} /{name}") != 1:
+            sys.exit(f"error: {where} must have the marker <!-- {name} --> and, as the next one, <!-- /{name} -->")
+    for name in markers:
+        if name.strip("/") not in names:
+            sys.exit(f"error: {where} has the marker <!-- {name} -->, which results/make.py does not know")
+    for name in names:
+        before, start, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        text = "\n".join([before + start, *globals()[name.replace("-", "_")](), end + after])
+    return text
+
+
+def draw() -> None:
+    import figures  # with matplotlib, which --check does without
+
+    groups = grouped(CONSTANT_RMS, "model", "code_dim", "adapter")
+    figures.stage1(HERE / "stage1.png", {model: [row for row in groups if row["model"] == model] for model in MODELS})
+    points = {"stage 0": readers(STAGE0), "stage 2": readers(STAGE2), "stage 1": adapter_rows("codebook")}
+    points |= {f"stage 3, {carries}": message_rows(carries) for carries in ("prompt", "context")}
+    texts = {run["model"]: run for run in in_order(named(READINGS, "seed0"), "model")}
+    direct = {model: [run for run in direct_runs() if run["model"] == model] for model in MODELS}
+    figures.frontier(HERE / "frontier.png", points, direct, texts)
+    figures.roofline(HERE / "roofline.png", BENCHES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
     args = parser.parse_args()
-    rows = load("stage1")
-    for model in {row["model"] for row in rows}:
-        if len({row["fingerprint"] for row in rows if row["model"] == model}) > 1:
+    for model in {run["model"] for run in STAGE1}:
+        if len({run["fingerprint"] for run in STAGE1 if run["model"] == model}) > 1:
             sys.exit(f"error: results/stage1 holds runs on different weights of {model}: delete the old ones")
-    tables = {
-        "stage0-collapse": collapse,
-        "stage0-causes": causes,
-        "stage0-sweep": sweep,
-        "stage2-encoder": encoder,
-        "stage2-ablations": ablations,
-        "stage2-harder": harder,
-        "stage2-real-weights": encoder_real_weights,
-        "stage3-message": message,
-        "stage3-ablations": message_ablations,
-        "stage3-direct": message_direct,
-        "stage3-direct-ablations": message_direct_ablations,
-        "stage3-harder": message_harder,
-        "ladder": ladder,
-        "stage1-headline": headline,
-        "stage1-adapters": adapters,
-        "stage1-real-weights": real_weights,
-        "stage1-identity": identity,
-        "kernels-operator": operator,
-        "kernels-step": step,
-        "kernels-codebook": codebook,
-        "kernels-compiled": compiled,
-        "scale-steps": scale_steps,
-        "scale-dry": scale_dry,
-    }
-    text = README.read_text(encoding="utf-8")
-    for name, make in tables.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        text = "\n".join([before + start, *make(rows), end]) + after
-    if args.check:
-        sys.exit(text != README.read_text(encoding="utf-8"))
-    README.write_text(text, encoding="utf-8", newline="\n")
-    draw(rows, HERE / "stage1.png")
-    draw_frontier(rows, HERE / "frontier.png")
-    draw_roofline(HERE / "roofline.png")
+    for path, text in {path: filled(path, names.split()) for path, names in BLOCKS.items()}.items():
+        if not args.check:
+            path.write_text(text, encoding="utf-8", newline="\n")
+        elif text != path.read_text(encoding="utf-8"):
+            sys.exit(f"error: {path.relative_to(HERE.parent).as_posix()} is out of date: run python results/make.py")
+    if not args.check:
+        draw()
 
 
 if __name__ == "__main__":

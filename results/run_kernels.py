@@ -1,7 +1,7 @@
 """Measure the kernels on this machine: their tests, then the benchmark, as JSON in results/kernels/.
 
     python results/run_kernels.py             # on a CUDA GPU natively (10 minutes), else on the CPU
-    python results/make.py                    # README tables and results/roofline.png from the JSON
+    python results/make.py                    # tables in results/README.md and roofline.png from the JSON
 
 In order: test_kernels.py; compute-sanitizer's memcheck over the tests of masks, strides and gradients, where it is
 installed; kernels/aot.py (Linux); kernels/bench.py. A failure stops it, and nothing of the old JSON is lost.

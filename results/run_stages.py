@@ -1,8 +1,8 @@
-"""Measure the stages: every run behind the README's tables, as JSON in results/<stage>/. Runs that are there are kept.
+"""Measure the stages: every run behind the tables, as JSON in results/<stage>/. Runs that are there are kept.
 
     python results/run_stages.py stage2               # one stage; two at a time
     python results/run_stages.py scale --workers 1    # what is timed runs alone; --device cuda: the same on a GPU
-    python results/make.py                            # README tables and figures from the JSON
+    python results/make.py                            # tables in both READMEs, and figures, from the JSON
 
 The real-weights rows need a directory with models/stories260k, data/text/tinystories_sample.txt and
 data/squad/dev-v1.1.json beside the checkout (--shared); without it they are left out and said to be.

@@ -1,6 +1,7 @@
-"""The README says what the committed measurements say."""
+"""README.md and results/README.md say what the committed measurements say."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -21,9 +22,29 @@ SCRIPTS = {
 }
 
 
-def test_readme_tables_are_made_from_the_json():
-    done = subprocess.run([sys.executable, "results/make.py", "--check"], cwd=HERE)
-    assert done.returncode == 0, "run python results/make.py"
+def check(root):
+    return subprocess.run([sys.executable, "results/make.py", "--check"], cwd=root, capture_output=True, text=True)
+
+
+def test_tables_and_numbers_are_made_from_the_json():
+    done = check(HERE)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("file,block", (("README.md", "stage0-number"), ("results/README.md", "stage0-collapse")))
+def test_a_changed_number_and_a_missing_marker_are_named_in_one_line(tmp_path, file, block):
+    shutil.copytree(HERE / "results", tmp_path / "results")
+    shutil.copy(HERE / "README.md", tmp_path)
+    target = tmp_path / file
+    text = target.read_text(encoding="utf-8")
+    before, rest = text.split(f"<!-- {block} -->")
+    target.write_text(f"{before}<!-- {block} -->{rest.replace('97.2', '97.3', 1)}", encoding="utf-8")
+    done = check(tmp_path)
+    assert done.returncode == 1 and done.stderr == f"error: {file} is out of date: run python results/make.py\n"
+    target.write_text(before + rest, encoding="utf-8")
+    done = check(tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {file} must have the marker <!-- {block} -->")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
@@ -127,4 +148,4 @@ def test_the_benchmark_runs_to_the_end():
     times = {(row["what"], row["column"]): row["p50_us"] for row in bench["operator"]}
     assert times["x, ours by ids", "ours"] < times["x, ours by ids", "naive"]
     assert all(row["error"] < 1e-5 for row in bench["operator"] if "error" in row)
-    assert {row["adapter"] for row in bench["step"]} == {"codebook", "linear", "mlp"}
+    assert {row["part"] for row in bench["codebook"]} == {"scores", "softmax", "values and RMS", "all", "attention"}
