@@ -147,6 +147,11 @@ class Prompt:
     context: str = ""  # as far as it fits
     question: str | None = None  # None: a window of text
 
+    @property
+    def plain(self) -> str:
+        """Passage and question without an LLM's chat template; or the window of text."""
+        return self.text if self.question is None else PROMPT.format(context=self.context, question=self.question)
+
 
 def prompt_text(reader: Reader, context: str, question: str) -> str:
     """The prompt as text: the model's chat template where it has one, else passage, question and "Answer:"."""

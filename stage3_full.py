@@ -35,7 +35,6 @@ import functools
 import hashlib
 import math
 import random
-import struct
 import sys
 import zlib
 from pathlib import Path
@@ -50,12 +49,9 @@ from common import (
     Prompt,
     Reader,
     as_prompt,
-    byte_baselines,
     check_prompts,
-    evaluate,
     generate,
     load_reader,
-    score,
     sent_prompt,
     to_bytes,
 )
@@ -63,15 +59,28 @@ from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_wi
 from plumbing.data import Data, halve_windows, load_data
 from plumbing.launch import UserError, launch, pick_device, pick_dtype, set_up
 from plumbing.models import check_fingerprint
-from plumbing.processes import map_over_processes, my_share
+from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.spelling import odd_text, pieces_of
 from plumbing.training import Run, identity, micro_batches
 from plumbing.wires import load_module, load_wire, open_out
 from stage2_encoder import Encoder, pack_texts
 from stage2_encoder import Wire as Stage2Wire
-from stage3.baselines import bytes_of_nll, truncation_curve, zlib_with_dictionary
-from stage3.message import BROKEN, CARRIES, MAX_TEXT, FromBits, IntegerPredictor, Message, pack, to_bits, unpack
+from stage3.evaluation import measure, message_rows
+from stage3.message import (
+    BROKEN,
+    CARRIES,
+    MAX_TEXT,
+    FromBits,
+    IntegerPredictor,
+    Message,
+    inflate,
+    pack,
+    split_question,
+    to_bits,
+    unpack,
+    with_question,
+)
 from stage3.receivers import add_receivers, entry_of, load_receiver, spelling_tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +90,7 @@ STAGE = "stage3"
 CONFIG = dict(
     model="both readers",  # what is trained does not depend on it; --model NAME measures one receiver
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=1200,  # eleven minutes on two cores, evaluation included
+    steps=1200,  # eleven minutes with one thread, evaluation included
     batch_size=32,  # texts a step, one in eight of them odd
     lr=2e-3,  # peak
     stage2=["tiny/wires/stage2", "tiny/wires/stage2-qwen"],  # one wire a receiver; the first one's encoder sends
@@ -142,7 +151,7 @@ class History:
         self.nothing, self.without, self.ids, self.followers = vocabulary, without, [], {}
 
     def features(self) -> tuple[list[int], list[int]]:
-        """(the last CONTEXT indices, what followed the last 4, 2, 1 of them before); V where there is none."""
+        """(the last CONTEXT indices, the ones that followed the last 4, 2, 1 earlier); V where there is none."""
         last = self.ids[-CONTEXT:]
         last = [self.nothing] * (CONTEXT - len(last)) + last
         if self.without == "context":
@@ -171,7 +180,7 @@ def features(ids: list[int], vocabulary: int, without: str | None) -> tuple[np.n
 
 
 class Predictor(nn.Module):
-    """An n-gram network with one hidden layer, and with weights for copying from what was already said."""
+    """An n-gram network with one hidden layer, and with weights for copying earlier indices of the message."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -200,7 +209,7 @@ def index_loss(predictor: Predictor, lists: list[list[int]], without: str | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the sender: text -> message, with no LLM and no tokenizer; and its inverse, which every receiver starts with
+# the sender: text -> message, with no LLM and no tokenizer; and back, which every receiver starts with
 
 
 class Codec:
@@ -303,25 +312,6 @@ class Codec:
         return b"".join(parts)
 
 
-def inflate(data: bytes) -> bytes:
-    """Deflated text, at most MAX_TEXT bytes and one. Raises UserError."""
-    inflater = zlib.decompressobj()
-    try:
-        raw = inflater.decompress(data, MAX_TEXT + 1)
-    except zlib.error:
-        raise BROKEN from None
-    if not inflater.eof or inflater.unused_data:
-        raise BROKEN
-    return raw
-
-
-def plain(prompt: Prompt) -> str:
-    """A prompt without the chat template of an LLM, which is its receiver's business; or a window of text."""
-    if prompt.question is None:
-        return prompt.text
-    return PROMPT.format(context=prompt.context, question=prompt.question)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the wire: one sender and one of its receivers
 
@@ -334,15 +324,14 @@ class Wire:
 
     def send(self, prompt: Prompt) -> bytes:
         if self.carries == "prompt":
-            return self.codec.send(plain(prompt), "prompt")
+            return self.codec.send(prompt.plain, "prompt")
         return with_question(self.codec.send(prompt.context, "context"), prompt.question)
 
     def receive(self, received: bytes) -> Tensor:
         """Message, and question behind it -> embeddings [L,d]."""
         if self.carries == "prompt":
             return self.embeddings(received, None)
-        (size,) = struct.unpack_from("<I", received)
-        return self.embeddings(received[4 : 4 + size], received[4 + size :].decode())
+        return self.embeddings(*split_question(received))
 
     def embeddings(self, message: bytes, question: str | None) -> Tensor:
         """Message [bytes], and the question where a context travels -> [L,d]. Raises UserError."""
@@ -354,11 +343,6 @@ class Wire:
             text = PROMPT.format(context=text, question=question)
         text = as_prompt(self.reader, text)
         return self.receiver.receive(self.receiver.send(Prompt(text, [], False)))
-
-
-def with_question(message: bytes, question: str) -> bytes:
-    """What a receiver has where a context travels: its message, and the question as text."""
-    return struct.pack("<I", len(message)) + message + question.encode()
 
 
 def send_once(args) -> None:
@@ -407,49 +391,6 @@ def receive_once(args) -> None:
     print(generate(reader, [message], 1, lambda data: wire.embeddings(data, args.question))[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation: what a message costs, beside other ways to make a text small
-
-
-def measure(wire: Wire, data: Data, batch_size: int, seed: int) -> tuple[dict, dict, list[dict]]:
-    """(metrics, controls, records) of one receiver: `evaluate`, and more about its messages."""
-    codec, reader, carries = wire.codec, wire.reader, wire.carries
-    metrics, records = evaluate(wire, data, batch_size)
-    prompts = [sent_prompt(reader, row) for row in data.test]
-    texts = [prompt.context if carries == "context" else plain(prompt) for prompt in prompts]
-    sent = map_over_processes(lambda text: codec.send(text, carries), texts)
-    if carries == "context":
-        # evaluate() measured whole prompts; here only the context travels, so bytes and the shuffled control are
-        # computed again
-        id_lists = [reader.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-        metrics |= byte_baselines(reader, texts, id_lists) | {"wire_bytes": sum(map(len, sent)) / len(sent)}
-        others = zip(sent[1:] + sent[:1], prompts, strict=True)
-        swapped = [with_question(other, prompt.question) for other, prompt in others]
-        answers = generate(reader, swapped, batch_size, wire.receive) if len(sent) > 1 else []
-        metrics["shuffled_f1"] = score(answers, data.test)[0] if answers else None
-    known = [plain(sent_prompt(reader, row)) for row in data.train_rows(seed, 0, 200)]
-    arrived = map_over_processes(lambda message: codec.text(message)[0], sent)
-    controls = {
-        "truncated": truncation_curve(reader, data, prompts, batch_size) if data.kind == "qa" else [],
-        "arrived": sum(text == read for text, read in zip(texts, arrived, strict=True)),
-        "latents": sum(unpack(message, codec.fingerprint).latents for message in sent) / len(texts),
-        "stored": sum(message[2] >> 6 & 1 for message in sent),
-        "zlib_dictionary_bytes": zlib_with_dictionary(texts, "".join(known).encode()),
-        "llm_bound_bytes": bytes_of_nll(reader, [prompt.ids for prompt in prompts], batch_size),
-    }
-    return metrics, controls, records
-
-
-def message_rows(controls: dict, examples: int) -> list[tuple[str, str, str]]:
-    """The controls of `measure` as rows (name, value, note) of the table."""
-    return [
-        ("texts that arrive bit for bit", f"{controls['arrived']}", f"of {examples}"),
-        ("latents", f"{controls['latents']:.1f}", f"{controls['stored']} messages are deflated, where that is shorter"),
-        ("zlib -9, dictionary", f"{controls['zlib_dictionary_bytes']:.0f}", "bytes, with 32 KB of training text"),
-        ("this LLM's own prediction", f"{controls['llm_bound_bytes']:.1f}", "bytes, of its prompt; no frame"),
-    ]
-
-
 def load_texts(args, reader: Reader) -> Data:
     """The data of a receiver. Raises UserError if something in it cannot travel."""
     data = load_data(args.data, reader, args.eval_examples)
@@ -459,7 +400,7 @@ def load_texts(args, reader: Reader) -> Data:
     halve_windows(args.data, data, reader)
     check_prompts(reader, data)
     for row in data.test:
-        size = len(plain(sent_prompt(reader, row)).encode())
+        size = len(sent_prompt(reader, row).plain.encode())
         if size > MAX_TEXT:
             raise UserError(
                 f"--data {args.data}: a prompt has {size} bytes, and a message holds {MAX_TEXT}: cut the passages"
@@ -520,7 +461,7 @@ def main() -> None:
             group["lr"] = args.lr * warmth
         rng = random.Random(f"{args.seed}-{step}")
         rows = datas[0].train_rows(args.seed, step * args.batch_size, args.batch_size)
-        texts = [plain(sent_prompt(readers[0], row)) for row in rows]
+        texts = [sent_prompt(readers[0], row).plain for row in rows]
         # one text in eight is odd, so that the messages of odd texts are not much longer than the texts
         texts = [odd_text(rng, text, readers[0]) if i % 8 == 7 else text for i, text in enumerate(texts)]
         lists = codec.latents(texts)

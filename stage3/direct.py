@@ -35,6 +35,7 @@ from plumbing.report import finish
 from plumbing.training import Run, identity
 from plumbing.wires import load_module, load_wire, open_out
 from stage2_encoder import Wire as Stage2Wire
+from stage3.evaluation import measure, message_rows
 from stage3.receivers import entry_of, load_receiver
 from stage3_full import (
     BETAS,
@@ -48,8 +49,6 @@ from stage3_full import (
     Predictor,
     Wire,
     load_texts,
-    measure,
-    message_rows,
 )
 
 WIDTH, KERNEL, LAYERS = 128, 5, 4  # of the pooler

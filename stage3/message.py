@@ -184,3 +184,26 @@ def unpack(data: bytes, fingerprint: bytes) -> Message:
         if not 0 < latents <= MAX_TEXT or at > len(data) - 4:
             raise BROKEN
     return Message(CARRIES[data[2] >> 7], latents, data[at:-4])
+
+
+def inflate(data: bytes) -> bytes:
+    """Deflated text, at most MAX_TEXT bytes and one. Raises UserError."""
+    inflater = zlib.decompressobj()
+    try:
+        raw = inflater.decompress(data, MAX_TEXT + 1)
+    except zlib.error:
+        raise BROKEN from None
+    if not inflater.eof or inflater.unused_data:
+        raise BROKEN
+    return raw
+
+
+def with_question(message: bytes, question: str) -> bytes:
+    """What a receiver has where a context travels: its message, and the question as text."""
+    return struct.pack("<I", len(message)) + message + question.encode()
+
+
+def split_question(received: bytes) -> tuple[bytes, str]:
+    """(message, question) of `with_question`."""
+    (size,) = struct.unpack_from("<I", received)
+    return received[4 : 4 + size], received[4 + size :].decode()

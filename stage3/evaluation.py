@@ -1,0 +1,90 @@
+"""What a message costs and keeps, beside other ways to make a text small: cut it, zlib, the LLM's own prediction."""
+
+import math
+import zlib
+
+import torch
+
+from common import (
+    Prompt,
+    Reader,
+    byte_baselines,
+    evaluate,
+    generate,
+    mean_nll,
+    score,
+    sent_prompt,
+    truncated_prompt,
+)
+from plumbing.data import Data
+from plumbing.processes import map_over_processes
+from stage3.message import unpack, with_question
+
+
+def measure(wire, data: Data, batch_size: int, seed: int) -> tuple[dict, dict, list[dict]]:
+    """(metrics, controls, records) of one receiver: `evaluate`, and more about its messages. wire: stage 3's."""
+    codec, reader, carries = wire.codec, wire.reader, wire.carries
+    metrics, records = evaluate(wire, data, batch_size)
+    prompts = [sent_prompt(reader, row) for row in data.test]
+    texts = [prompt.context if carries == "context" else prompt.plain for prompt in prompts]
+    sent = map_over_processes(lambda text: codec.send(text, carries), texts)
+    if carries == "context":
+        # evaluate() measured whole prompts; here only the context travels, so bytes and the shuffled control are
+        # computed again
+        id_lists = [reader.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+        metrics |= byte_baselines(reader, texts, id_lists) | {"wire_bytes": sum(map(len, sent)) / len(sent)}
+        others = zip(sent[1:] + sent[:1], prompts, strict=True)
+        swapped = [with_question(other, prompt.question) for other, prompt in others]
+        answers = generate(reader, swapped, batch_size, wire.receive) if len(sent) > 1 else []
+        metrics["shuffled_f1"] = score(answers, data.test)[0] if answers else None
+    known = [sent_prompt(reader, row).plain for row in data.train_rows(seed, 0, 200)]
+    arrived = map_over_processes(lambda message: codec.text(message)[0], sent)
+    controls = {
+        "truncated": truncation_curve(reader, data, prompts, batch_size) if data.kind == "qa" else [],
+        "arrived": sum(text == read for text, read in zip(texts, arrived, strict=True)),
+        "latents": sum(unpack(message, codec.fingerprint).latents for message in sent) / len(texts),
+        "stored": sum(message[2] >> 6 & 1 for message in sent),
+        "zlib_dictionary_bytes": zlib_with_dictionary(texts, "".join(known).encode()),
+        "llm_bound_bytes": bytes_of_nll(reader, [prompt.ids for prompt in prompts], batch_size),
+    }
+    return metrics, controls, records
+
+
+def message_rows(controls: dict, examples: int) -> list[tuple[str, str, str]]:
+    """The controls of `measure` as rows (name, value, note) of the table."""
+    return [
+        ("texts that arrive bit for bit", f"{controls['arrived']}", f"of {examples}"),
+        ("latents", f"{controls['latents']:.1f}", f"{controls['stored']} messages are deflated, where that is shorter"),
+        ("zlib -9, dictionary", f"{controls['zlib_dictionary_bytes']:.0f}", "bytes, with 32 KB of training text"),
+        ("this LLM's own prediction", f"{controls['llm_bound_bytes']:.1f}", "bytes, of its prompt; no frame"),
+    ]
+
+
+def truncation_curve(reader: Reader, data: Data, prompts: list[Prompt], batch_size: int) -> list[dict]:
+    """F1 where a quarter, a half or three quarters of the text are sent: the baseline that is always there."""
+    curve = []
+    for share in (0.25, 0.5, 0.75):
+        pairs = zip(data.test, prompts, strict=True)
+        cut = [truncated_prompt(reader, row, math.ceil(share * len(prompt.ids))) for row, prompt in pairs]
+        f1, _ = score(generate(reader, [prompt.ids for prompt in cut], batch_size), data.test)
+        mean_bytes = sum(len(prompt.text.encode()) for prompt in cut) / len(cut)
+        positions = sum(len(prompt.ids) for prompt in cut) / len(cut)
+        curve.append({"share": share, "bytes": mean_bytes, "positions": positions, "f1": f1})
+    return curve
+
+
+def zlib_with_dictionary(texts: list[str], known: bytes) -> float:
+    """Mean bytes of texts by zlib -9 when both sides know the last 32 KB of `known`."""
+    total = 0
+    for text in texts:
+        deflate = zlib.compressobj(9, zdict=known[-32768:])
+        total += len(deflate.compress(text.encode()) + deflate.flush())
+    return total / len(texts)
+
+
+@torch.inference_mode()
+def bytes_of_nll(reader: Reader, id_lists: list[list[int]], batch_size: int) -> float:
+    """Mean bytes that an arithmetic coder would need with this LLM's own prediction of its tokens."""
+    rows = [{"ids": ids} for ids in id_lists]
+    nats = mean_nll(reader, rows, batch_size) * sum(len(ids) - 1 for ids in id_lists)
+    return nats / math.log(2) / 8 / len(rows)
