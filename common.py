@@ -35,7 +35,7 @@ from plumbing.models import check_embeddings, checkpoint_layers, load_llm
 from plumbing.processes import map_over_processes
 from plumbing.spelling import Spelling, tokenize
 
-IGNORE = -100  # a label that is no target
+IGNORE = -100  # a label that the loss skips
 MAX_NEW_TOKENS = 32  # of an answer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class Reader:
 
     @functools.cached_property
     def values(self) -> Tensor:
-        """[V, d] the table in the LLM's own dtype, which holds its numbers exactly: what a codebook blends."""
+        """[V, d] the table in the LLM's own dtype, which holds its numbers exactly; a codebook blends its rows."""
         module = self.model.get_input_embeddings()
         if type(module) is torch.nn.Embedding and module.weight.dtype == self.dtype:  # Gemma's module also scales
             return module.weight.detach()  # no second copy

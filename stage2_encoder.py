@@ -106,7 +106,7 @@ def parse_arguments():
 
 
 class Encoder(nn.Module):
-    """Residual convolutions over bytes. Byte 256 is padding, and the same as nothing: no code depends on it."""
+    """Residual convolutions over bytes. Byte 256 is padding: no code depends on it."""
 
     def __init__(self, k: int):
         super().__init__()
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
 class Wire:
     """Message: uint32 count L, then L x k codes in float16, as in stage 1 with a constant RMS.
 
-    A prompt starts with the codes of `prefix`, the tokens that stand for no text (a start token), which are constants.
+    It starts with constant codes: those of the tokens that stand before any text (a start token, or none).
     """
 
     def __init__(self, reader: Reader, encoder: Encoder, adapter: Adapter, prefix_codes: Tensor, rms: Tensor):
@@ -158,9 +158,9 @@ class Wire:
         return is_end.nonzero()[:, 0] + 1, self.encoder.code(features[0, is_end]) * self.code_scale
 
     def send(self, prompt: Prompt) -> bytes:
-        """Text of a prompt -> message. Its token ids are not looked at. Raises UserError for half a surrogate pair.
+        """Text of a prompt -> message, without its token ids. Raises UserError for half a surrogate pair.
 
-        Of a text in which the encoder finds more tokens than the LLM takes, the last are sent.
+        If the encoder finds more tokens than the LLM's context holds, the last ones are sent.
         """
         _, codes = self.segment(self.reader.spelling.spell(prompt.text))
         room = self.reader.prompt_tokens - len(self.prefix_codes)
@@ -198,7 +198,8 @@ def pack_codes(codes: Tensor) -> bytes:
 def known_targets(reader: Reader, texts: list[str], data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(real [B,N] bool, is_end [B,N] bool, ids of the tokens that end there, in order), for training only.
 
-    A text that the tokens do not spell (a character that the tokenizer does not know) teaches nothing: it is not real.
+    Token ends are not known in a text that the tokens do not spell (it has a character that the tokenizer lacks): its
+    bytes are marked as not real, and teach nothing.
     """
     real, is_end, all_ids = data < 256, torch.zeros_like(data, dtype=torch.bool), []
     for i, text in enumerate(texts):  # data: of their spelling
@@ -215,7 +216,7 @@ def known_targets(reader: Reader, texts: list[str], data: Tensor) -> tuple[Tenso
 def pack_texts(data: Tensor, *marks: Tensor) -> list[Tensor]:
     """Padded texts [B,N], and marks [B,N] of their bytes, as [1,M]: one text after another, just out of reach.
 
-    The encoder says of every byte what it says of it in [B,N], with no work for the padding of short texts.
+    The encoder's output for a byte is that in [B,N], and the padding of short texts costs no work.
     """
     gap = REACH
     kept = torch.arange(data.shape[1] + gap, device=data.device) < (data < 256).sum(1, keepdim=True) + gap
@@ -273,7 +274,7 @@ def code_losses(wire: Wire, codes: Tensor, target_codes: Tensor, ids: Tensor, to
 def answer_loss(wire: Wire, rows: list[dict], batch: Batch, targets: int) -> Tensor:
     """Cross-entropy (scalar) of the answers when the LLM reads what encoder and adapter make of the prompts.
 
-    Tokens end where they truly do, or where the encoder says so in a text that the tokens do not spell. Summed over
+    Tokens end where the tokenizer's do; in a text that the tokens do not spell, where the encoder says. Summed over
     `batch` of these rows and divided by the `targets` answer tokens of the whole step.
     """
     reader = wire.reader

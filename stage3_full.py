@@ -249,7 +249,7 @@ class Codec:
         is_end = torch.zeros_like(real).masked_scatter(real, logits[real_line] > 0)
         is_end[torch.arange(len(data), device=data.device), real.sum(1) - 1] = True
         z = self.encoder.code(features[real_line][is_end[real]])  # [n,k]
-        distance = self.keys.square().sum(1) - 2 * z @ self.keys.T  # [n,V], less what is the same for all
+        distance = self.keys.square().sum(1) - 2 * z @ self.keys.T  # [n,V], without the part that all keys share
         nearest = distance.masked_fill(~self.spells, math.inf).argmin(1).tolist()
         lists, at = [], 0
         for text, ends in zip(texts, is_end, strict=True):
@@ -355,7 +355,7 @@ def send_once(args) -> None:
     except UnicodeDecodeError:
         raise UserError(f"--send {args.send}: the file is not UTF-8") from None
     except (OSError, ValueError):
-        pass  # a name that is too long, or holds a zero, is a text
+        pass  # a path cannot be so long or hold a zero: it is a text
     if not text.strip():
         raise UserError(f"--send {args.send!r}: there is no text to send")
     if args.wire_carries != "context":

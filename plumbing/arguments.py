@@ -9,7 +9,7 @@ from plumbing.hub import MODELS
 from plumbing.launch import UserError
 from plumbing.wires import SavedWire
 
-# flags that say where a run works and with what, not what is trained
+# flags that say where and how a run works, not what it trains
 NOT_SAVED = ("out", "resume", "eval_only", "dry_run", "random_weights", "send", "receive", "wire", "question")
 
 

@@ -135,8 +135,8 @@ def adapt_backward_flops(g, out, codes, weight, bias, target, scale, ids, gram, 
 def steps_of(stage1: ModuleType, wire, batch: Batch) -> dict:
     """{name: step()}, each a forward and a backward pass over the batch.
 
-    wire: as stage 1 trains, optimiser included. LLM alone: the same LLM on its own embeddings, with no wire. plain: the
-    wire as one would first write it: every token through the adapter, logits at every position.
+    "wire" is stage 1's step, optimiser included. "LLM alone" is the same LLM on its own embeddings, with no wire. "plain"
+    is the obvious way to write the wire: every token through the adapter, logits at every position.
     """
     reader, adapter = wire.reader, wire.adapter
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
@@ -186,7 +186,7 @@ def peak_bytes(step, device: torch.device) -> int | None:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.type != "cpu" or not reset.exists():
         return None
-    reset.write_text("5")  # the peak starts anew
+    reset.write_text("5")  # resets the peak
     step()
     return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
 
@@ -376,7 +376,7 @@ def trace(stage1: ModuleType, args, dtype: torch.dtype, checkpointing: bool) -> 
             ) from None
         activations, flops = memory.peak - resting, 0
         if not checkpointing:
-            with FlopCounterMode(display=False) as counter:  # apart, for it keeps tensors alive
+            with FlopCounterMode(display=False) as counter:  # in a step of its own: the counter keeps tensors alive
                 step()
             flops = counter.get_total_flops()
 

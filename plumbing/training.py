@@ -139,7 +139,7 @@ class Run:
         return False
 
     def forget_norms(self) -> None:
-        """Judge the next steps anew: the loss has changed, and with it the usual norm."""
+        """Forget the usual norm of the gradient: the loss has changed, and the norm with it."""
         self.state["norms"] = []
 
     def log(self) -> None:

@@ -1,7 +1,7 @@
 """Measure the stages: every run behind the tables, as JSON in results/<stage>/. Runs that are there are kept.
 
     python results/run_stages.py stage2               # one stage; two at a time
-    python results/run_stages.py scale --workers 1    # what is timed runs alone; --device cuda: the same on a GPU
+    python results/run_stages.py scale --workers 1    # timed rows run alone; --device cuda: the same on a GPU
     python results/make.py                            # tables in both READMEs, and figures, from the JSON
 
 The real-weights rows need a directory with models/stories260k, data/text/tinystories_sample.txt and

@@ -1,6 +1,6 @@
 """The direct receiver of stage 3: its LLM reads fewer positions than the context has tokens (--receiver direct).
 
-    message -> text -> codes and adapter of this LLM [L,d] -> the dearest tokens stay, pooler -> [L',d] -> frozen LLM
+    message -> text -> codes and adapter of this LLM [L,d] -> the costliest tokens stay, pooler -> [L',d] -> frozen LLM
                        stage 2: proven                        learned
 
 Positions go where the bits went: the tokens that cost most in the message stay, the others are dropped, and a pooler
@@ -94,7 +94,7 @@ class Pooler(nn.Module):
 
 @dataclass
 class Reading:
-    """A prompt as an unpacking receiver reads it, and what a direct one must know of it."""
+    """The embeddings of a prompt, and what each token of its context costs in a message."""
 
     embeddings: Tensor  # [L,d]
     first: int  # token of the context
@@ -102,7 +102,7 @@ class Reading:
     nats: Tensor  # [last-first] what each token of the context costs in a message
 
     def stays(self, rate: float) -> Tensor:
-        """Bool [last-first]: positions go where the bits went. The most surprising token of every `rate` stays."""
+        """Bool [last-first]: positions go where the bits went. Of n tokens, the ceil(n / rate) that cost most stay."""
         chosen = torch.zeros(len(self.nats), dtype=torch.bool)
         order = self.nats.argsort(descending=True, stable=True)
         chosen[order[: math.ceil(len(order) / rate)]] = True

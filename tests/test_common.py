@@ -1,6 +1,5 @@
-"""The plumbing: embeddings, PCA, prompts, batches, generation, data files."""
+"""What the stages share: embeddings, PCA, prompts, batches, generation."""
 
-import hashlib
 import json
 import string
 from pathlib import Path
@@ -8,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import HERE, SHARED, need
+from conftest import CPU, HERE
 from transformers import AutoModelForCausalLM
 
 import common
+from plumbing.data import Data
+from plumbing.launch import UserError
 from tiny import world
 
-CPU = torch.device("cpu")
 TINY = str(HERE / "tiny" / "tiny-llama")
 ROWS = world.make_examples("test", 12)
 
@@ -98,7 +98,7 @@ def test_pca_from_counts_is_the_pca_of_the_corpus():
 
 
 def test_token_counts_are_those_of_the_prompts(reader):
-    data = common.Data("qa", ROWS, [], [])
+    data = Data("qa", ROWS, [], [])
     counts = common.token_counts(reader, data, seed=0)
     ids = [token for row in ROWS for token in common.make_prompt(reader, row["context"], row["question"]).ids]
     assert counts.sum() == len(ids) and counts[ids[3]] == ids.count(ids[3])
@@ -117,11 +117,11 @@ def test_a_long_context_is_cut_and_the_question_kept(reader):
     assert row["context"].startswith(kept) and rest == f"{row['question']}\nAnswer:"
     long = common.make_prompt(reader, row["context"] * 50, row["question"])
     assert len(long.ids) <= reader.context_tokens - common.MAX_NEW_TOKENS and row["question"] in long.text
-    with pytest.raises(common.UserError, match="does not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         common.make_prompt(reader, "x", row["question"] * 200)
-    with pytest.raises(common.UserError, match="does not fit"):
-        common.check_questions(reader, common.Data("qa", None, [], [{**row, "question": row["question"] * 200}]))
-    common.check_questions(reader, common.Data("qa", ROWS, ROWS, ROWS))
+    with pytest.raises(UserError, match="does not fit"):
+        common.check_prompts(reader, Data("qa", None, [], [{**row, "question": row["question"] * 200}]))
+    common.check_prompts(reader, Data("qa", ROWS, ROWS, ROWS))
     alone = common.make_prompt(reader, "", row["question"])
     assert common.truncated_prompt(reader, row, 5).ids == alone.ids  # the question is kept even where it does not fit
     assert len(common.truncated_prompt(reader, row, len(alone.ids) + 9).ids) <= len(alone.ids) + 9
@@ -206,122 +206,7 @@ def test_much_padding_changes_nothing(reader):
     assert common.generate(reader, [*prompts, long, long[1:]], batch_size=14)[:12] == alone
 
 
-# --- data files
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
-
-
-def squad_json(passages: int) -> str:
-    paragraphs = []
-    for i, row in enumerate(world.make_examples("train", passages)):
-        qa = {"question": row["question"], "answers": [{"text": answer} for answer in row["answers"]]}
-        paragraphs.append({"context": f"Passage {i}. {row['context']}", "qas": [qa]})
-    return json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}], "version": "1.1"})
-
-
-def test_squad_and_jsonl_files_give_disjoint_passages(reader, tmp_path):
-    squad = common.load_data(write(tmp_path / "a.json", squad_json(80)), reader, 1000)
-    lines = "\n".join(json.dumps(row) for row in world.make_examples("train", 80))
-    jsonl = common.load_data(write(tmp_path / "a.jsonl", lines), reader, 3)
-    for data in (squad, jsonl):
-        splits = [{row["context"] for row in rows} for rows in (data.train, data.validation, data.test)]
-        assert all(splits) and not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
-    assert len(jsonl.test) == 3 and len(squad.train) + len(squad.validation) + len(squad.test) == 80
-
-
-def test_the_training_stream_visits_every_row_once_an_epoch(reader):
-    data = common.Data("qa", ROWS, [], [])
-    stream = data.train_rows(0, 0, 36)
-    assert all(
-        sorted(r["question"] for r in stream[e : e + 12]) == sorted(r["question"] for r in ROWS) for e in (0, 12, 24)
-    )
-    assert stream[:12] != stream[12:24] != stream[24:]
-    assert data.train_rows(0, 17, 9) == stream[17:26]  # a function of the position: resuming replays nothing
-    assert data.train_rows(1, 0, 12) != stream[:12]
-    unlimited = common.Data("qa", None, [], [])
-    assert unlimited.train_rows(3, 5, 2) == [world.make_example("train", 3, 5), world.make_example("train", 3, 6)]
-
-
-def test_a_text_is_cut_into_windows_and_split_by_place(reader, tmp_path):
-    text = " ".join(row["context"] for row in world.make_examples("train", 60))
-    data = common.load_data(write(tmp_path / "a.txt", text), reader, 1000)
-    assert data.kind == "text"
-    rows = data.train + data.validation + data.test
-    assert all(row["ids"][0] == reader.tokenizer.bos_token_id for row in rows)
-    assert "".join(reader.tokenizer.decode(row["ids"], skip_special_tokens=True) for row in rows) == text
-    batch = common.make_batch(reader, data.test[:2])
-    assert (batch.sent.sum(1) == batch.attention.sum(1)).all()  # all of a text travels, and each next token is a target
-    assert batch.labels[0, 0] == data.test[0]["ids"][1]
-
-
-BAD_FILES = {
-    "empty.json": (b"", "empty"),
-    "blank.txt": (b" \n\n", "empty"),
-    "latin1.txt": ("é".encode("latin-1") * 50, "not UTF-8"),
-    "broken.json": (b'{"data": [\n {"x": }]}', "line 2"),
-    "other.json": (b'{"rows": []}', "SQuAD v1.1 layout"),
-    "noanswers.json": (
-        b'{"data":[{"paragraphs":[{"context":"c","qas":[{"question":"q","answers":[]}]}]}]}',
-        "no question has",
-    ),
-    "broken.jsonl": (b'{"context":"c","question":"q","answers":["a"]}\n{"context":', "line 2"),
-    "fields.jsonl": (b'{"context":"c","question":"q"}\n', "line 1"),
-    "single.jsonl": (b'{"context":"c","question":"q","answers":["a"]}\n', "too few"),
-    "short.txt": (b"hello", "at least"),
-    "deep.json": (b"[" * 100_000, "nested"),
-    "deep.jsonl": (b"[" * 100_000, "line 1"),
-    "half.jsonl": (b'{"context":"\\ud83d","question":"q","answers":["a"]}\n', "line 1: half a surrogate"),
-    "half.json": (
-        b'{"data":[{"paragraphs":[{"context":"\\ud83d","qas":[{"question":"q","answers":[{"text":"a"}]}]}]}]}',
-        "half a surrogate",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_one_clear_line(reader, tmp_path, name):
-    content, expected = BAD_FILES[name]
-    path = write(tmp_path / name, content)
-    with pytest.raises(common.UserError, match=expected) as caught:
-        common.load_data(path, reader, 10)
-    assert path in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_squad_is_fetched_once_checked_and_never_half_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    payload = squad_json(3).encode()
-    source = Path(write(tmp_path / "source.json", payload))
-    good = (source.as_uri(), len(payload), hashlib.sha256(payload).hexdigest())
-    monkeypatch.setattr(common, "SQUAD", {"dev.json": good})
-    (path,) = common.fetch_squad()
-    assert path.read_bytes() == payload
-    source.unlink()
-    assert common.fetch_squad() == [path]  # from the cache now
-    path.write_bytes(payload[:-1])
-    with pytest.raises(common.UserError, match="delete it"):
-        common.fetch_squad()
-    path.unlink()
-    with pytest.raises(common.UserError, match="cannot fetch"):
-        common.fetch_squad()
-    source.write_bytes(payload + b" ")
-    with pytest.raises(common.UserError, match="not the official file"):
-        common.fetch_squad()
-    assert list(path.parent.iterdir()) == []
-
-
-def test_the_official_dev_file_is_the_one_we_check_for():
-    path = need(SHARED / "data" / "squad" / "dev-v1.1.json")
-    _, size, sha256 = common.SQUAD["dev-v1.1.json"]
-    payload = path.read_bytes()
-    assert len(payload) == size and hashlib.sha256(payload).hexdigest() == sha256
-    rows = common.read_squad(path)
-    assert len(rows) == 10_570 and max(len(row["answers"]) for row in rows) > 1
-
-
-# --- bytes and files
+# --- sizes
 
 
 def test_byte_baselines(reader):
@@ -329,39 +214,3 @@ def test_byte_baselines(reader):
     baselines = common.byte_baselines(reader, texts, [[1] * 7, [2] * 8])  # V = 1024: 10 bits a token
     assert baselines["text_bytes"] == (40 + 52) / 2 and baselines["packed_token_bytes"] == (9 + 10) / 2
     assert baselines["zlib_bytes"] < 46
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    common.write_atomically(path, b"old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(common.os, "replace", full)
-    with pytest.raises(OSError) as caught:
-        common.write_atomically(path, b"new")
-    assert caught.value.filename == str(path)  # the user is told which file
-    with pytest.raises(OSError):
-        common.save_checkpoint(path, {"a": 1})
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    "key", ("fingerprint", "arguments.seed", "controls.explained_variance", "metrics.train_seconds")
-)
-def test_a_wire_whose_config_lacks_something_is_refused(key, tmp_path):
-    shipped = HERE / "tiny" / "wires" / "stage1"
-    config = json.loads((shipped / "config.json").read_text())
-    required = ("controls.explained_variance", "metrics.train_seconds")
-    (tmp_path / "wire.safetensors").write_bytes((shipped / "wire.safetensors").read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert common.load_wire(str(tmp_path), "stage1", required, ("mean",))[1] == config
-    inside = config
-    *path, last = key.split(".")
-    for part in path:
-        inside = inside[part]
-    del inside[last]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(common.UserError, match=f"lacks {key}"):
-        common.load_wire(str(tmp_path), "stage1", required, ("mean",))
