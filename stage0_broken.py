@@ -365,8 +365,8 @@ def main() -> None:
     parameters = [*encoder.parameters(), *adapter.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
     modules = {"adapter": adapter, "encoder": encoder}
-    identified = identity(args, reader.fingerprint)
-    run = Run(args, out, modules, optimizer, identified, show=lambda: show_samples(wire, data))
+    fits = identity(args, reader.fingerprint)  # a checkpoint must fit this run
+    run = Run(args, out, modules, optimizer, fits, show=lambda: show_samples(wire, data))
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
         # warm-up over 5% of the steps, then linearly to zero
         warmth = min(1.0, (step + 1) / (0.05 * args.steps), (args.steps - step) / (0.95 * args.steps))

@@ -51,7 +51,7 @@ from common import (
 from kernels.adapter import adapt, project
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_int
 from plumbing.checkpoints import module_tensors
-from plumbing.data import load_data
+from plumbing.data import Data, load_data
 from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
@@ -259,6 +259,30 @@ def step_losses(
     return ce, mse, kd
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the controls: what the PCA gives without training, and a wire that must read like text
+
+
+def measure_controls(
+    wire: Wire, untrained: Adapter, pca: PCA, full_pca: PCA, counts: Tensor, data: Data, batch_size: int
+) -> tuple[dict[str, float], list[str]]:
+    """({"pca_inverse", "untrained", "identity"}: F1 or NLL through each, answers through the identity wire).
+
+    The identity wire has all d components, float32 codes and each token's RMS: only the plumbing is under test.
+    """
+    print("  controls: PCA inverse, untrained adapter, identity wire", flush=True)
+    reader, controls = wire.reader, {}
+    inverse = Adapter("linear", pca, reader, wire.codes, counts).to(reader.device)
+    controls["pca_inverse"], _ = score_wire(wire.with_adapter(inverse), data, batch_size)
+    controls["untrained"] = controls["pca_inverse"]  # linear and mlp start there
+    if untrained.kind == "codebook":
+        controls["untrained"], _ = score_wire(wire.with_adapter(untrained), data, batch_size)
+    identity_wire = Wire(reader, full_pca, "sent", wire.constant_rms, code_format="<f4")
+    identity_wire.adapter = Adapter("linear", full_pca, reader, identity_wire.codes, counts).to(reader.device)
+    controls["identity"], answers = score_wire(identity_wire, data, batch_size)
+    return controls, answers
+
+
 def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # setup: arguments, frozen LLM, data
@@ -297,7 +321,6 @@ def main() -> None:
             raise UserError(f"{saved.name}: its components are {list(pca.components.shape)}, not [{d}, {k}]")
     explained = saved.config["controls"]["explained_variance"] if saved else pca.explained
     wire = Wire(reader, pca, args.rms, rms)
-    inverse = Adapter("linear", pca, reader, wire.codes, counts).to(device)  # what the PCA gives with no training
     adapter = wire.adapter = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)
     untrained = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)  # what does training add?
     if saved:
@@ -309,8 +332,8 @@ def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # training
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    identified = identity(args, reader.fingerprint)
-    run = Run(args, out, {"adapter": adapter}, optimizer, identified, show=lambda: show_samples(wire, data))
+    modules, fits = {"adapter": adapter}, identity(args, reader.fingerprint)  # a checkpoint must fit this run
+    run = Run(args, out, modules, optimizer, fits, show=lambda: show_samples(wire, data))
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
         # warm-up over 5% of the steps, then linearly to zero
         warmth = min(1.0, (step + 1) / (0.05 * args.steps), (args.steps - step) / (0.95 * args.steps))
@@ -335,32 +358,23 @@ def main() -> None:
     # evaluation: the wire and every control, on test passages whose names were never seen
     batch_size = 2 * args.micro_batch_size  # no gradients: twice the rows fit
     metrics, records = evaluate(wire, data, batch_size)
-    print("  controls: PCA inverse, untrained adapter, identity wire", flush=True)
-    inverse_score, _ = score_wire(wire.with_adapter(inverse), data, batch_size)
-    untrained_score = inverse_score  # linear and mlp start there
-    if args.adapter == "codebook":
-        untrained_score, _ = score_wire(wire.with_adapter(untrained), data, batch_size)
-    identity_wire = Wire(reader, full_pca, "sent", rms, code_format="<f4")  # k = d: must read like text
-    identity_wire.adapter = Adapter("linear", full_pca, reader, identity_wire.codes, counts).to(device)
-    identity_score, answers = score_wire(identity_wire, data, batch_size)
-    controls = {
-        "pca_inverse": inverse_score, "untrained": untrained_score, "identity": identity_score,
-        "explained_variance": explained,
-    }  # fmt: skip
+    controls, answers = measure_controls(wire, untrained, pca, full_pca, counts, data, batch_size)
+    controls["explained_variance"] = explained
     unit, note = "NLL", "must equal the NLL from text"
     if answers:
         same = sum(answer == record["text"] for answer, record in zip(answers, records, strict=True))
         unit, note = "F1", f"{same} of {len(records)} answers are those from text"
         controls["identity_same_answers"] = same
+    variance_kept = f"untrained; k {k}, {100 * explained:.1f}% of the variance"
     rows = [
-        (f"PCA inverse: {unit}", f"{inverse_score:.3f}", f"untrained; k {k}, {100 * explained:.1f}% of the variance"),
-        (f"{args.adapter} before training: {unit}", f"{untrained_score:.3f}", ""),
-        (f"identity wire: {unit}", f"{identity_score:.3f}", f"k = d, RMS sent: {note}"),
+        (f"PCA inverse: {unit}", f"{controls['pca_inverse']:.3f}", variance_kept),
+        (f"{args.adapter} before training: {unit}", f"{controls['untrained']:.3f}", ""),
+        (f"identity wire: {unit}", f"{controls['identity']:.3f}", f"k = d, RMS sent: {note}"),
     ]
     config = {"embedding_width": d, "code_dim": k}
     config |= {"adapter": args.adapter, "rms": args.rms, "kd_weight": args.kd_weight}
     tensors = {"mean": pca.mean, "components": pca.components, "target_rms": wire.constant_rms}
-    tensors |= module_tensors({"adapter": adapter})
+    tensors |= module_tensors(modules)
     title = f"stage 1: {args.adapter}, {d} -> {k} numbers a token"
     finish(run, reader, saved, title, metrics, controls, config, rows, records, tensors)
 

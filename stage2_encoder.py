@@ -406,8 +406,8 @@ def main() -> None:
     groups = [{"params": encoder.parameters()}, {"params": adapter.parameters()}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
     modules = {"adapter": adapter, "encoder": encoder}
-    identified = identity(args, reader.fingerprint, below.sha256)
-    run = Run(args, out, modules, optimizer, identified, show=lambda: show_samples(wire, data))
+    fits = identity(args, reader.fingerprint, below.sha256)  # a checkpoint must fit this run
+    run = Run(args, out, modules, optimizer, fits, show=lambda: show_samples(wire, data))
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
         through_llm = step >= args.steps - args.llm_steps or always_through_llm
         if step == args.steps - args.llm_steps:

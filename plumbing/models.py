@@ -84,9 +84,9 @@ def weight_bytes(directory: Path, dtype: torch.dtype) -> tuple[int, int]:
 
     Numbers of a float kind become `dtype` when loaded. (0, 0) where that cannot be told: the loader then says why.
     """
-    from huggingface_hub import get_local_safetensors_metadata
-
     try:
+        from huggingface_hub import get_local_safetensors_metadata
+
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if config.get("quantization_config", {}).get("quant_method", "bitsandbytes") != "bitsandbytes":
             return 0, 0  # may be unpacked when it is loaded

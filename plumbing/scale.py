@@ -135,8 +135,8 @@ def adapt_backward_flops(g, out, codes, weight, bias, target, scale, ids, gram, 
 def steps_of(stage1: ModuleType, wire, batch: Batch) -> dict:
     """{name: step()}, each a forward and a backward pass over the batch.
 
-    "wire" is stage 1's step, optimiser included. "LLM alone" is the same LLM on its own embeddings, with no wire. "plain"
-    is the obvious way to write the wire: every token through the adapter, logits at every position.
+    "wire" is stage 1's step, optimiser included. "LLM alone" is the same LLM on its own embeddings, with no wire.
+    "plain" is the obvious way to write the wire: every token through the adapter, logits at every position.
     """
     reader, adapter = wire.reader, wire.adapter
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
