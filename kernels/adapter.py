@@ -428,8 +428,9 @@ def _grad_codes_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# launches. One configuration per kernel and dtype, no autotuning: timing noise would choose the tiles, and with them the
-# rounding, and the interpreter takes one only. kernels/aot.py compiles exactly these for sm_80, sm_89 and sm_90 and counts registers.
+# launches. One configuration per kernel and dtype, no autotuning: timing noise would choose the tiles, and with them
+# the rounding, and the interpreter takes one only. kernels/aot.py compiles exactly these for sm_80, sm_89 and sm_90 and
+# counts registers.
 
 
 def _options(kernel: str, like: Tensor, rows: int = 0) -> dict[str, int]:
