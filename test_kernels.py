@@ -1,9 +1,10 @@
 """The operator of kernels/ against float64, on every shape and value that it must survive.
 
-pytest test_kernels.py        # natively on a CUDA GPU; without one, the same tests through Triton's interpreter
+pytest test_kernels.py           # natively on a CUDA GPU; without one, the same tests through Triton's interpreter
+pytest test_kernels.py -m ""     # the full matrix: also float16, large shapes, and the compiler's report
 
-Every test of the operator runs four times: plain torch, and each of the three forms of the Triton kernels. What is not
-run is skipped with a reason, and the closing summary says how the kernels ran.
+Every test of the operator runs four times: plain torch, and each of the three forms of the Triton kernels. A test that
+cannot run here is skipped with a reason, and the closing summary says how the kernels ran.
 """
 
 import json
@@ -28,9 +29,15 @@ MODE = "not at all: triton is not installed"
 if adapter.HAVE_TRITON:
     MODE = f"natively on {torch.cuda.get_device_name()}" if NATIVE else "by Triton's interpreter, on the CPU"
 
-ROWS = (0, 1, 15, 16, 17, 33, 127, 129, 1000)
-WIDTHS = ((64, 8), (192, 24), (200, 64), (160, 10), (300, 37))  # (d, k), on and off any tile size
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+def slow(*values):
+    """A parameter of the full matrix."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+ROWS = (0, 1, slow(15), slow(16), 17, slow(33), slow(127), 129, slow(1000))
+WIDTHS = (slow(64, 8), (192, 24), slow(200, 64), slow(160, 10), (300, 37))  # (d, k), on and off any tile size
+DTYPES = (torch.float32, slow(torch.float16), torch.bfloat16)
 FORMS = ("fused", "code space", "rows")
 EMPTY = adapter._empty
 
@@ -60,7 +67,7 @@ def compiled(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
-    """What a kernel is to fill starts as NaN, between two guard zones that must stay as they are."""
+    """The output of a kernel starts as NaN, between two guard zones that must stay as they are."""
     guarded = []
 
     def empty(like, *shape, dtype=None):
@@ -160,7 +167,7 @@ def test_error_for_any_width_and_a_scalar_target(device, d, k, dtype):
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (torch.float32, slow(torch.float16), slow(torch.bfloat16)))
 def test_many_blocks_of_k_and_d(kernel_device, dtype):
     codes, weight, bias, target = inputs(70, 700, 128 if dtype.itemsize == 2 else 64, dtype, kernel_device)
     assert_as_good_as_torch(
@@ -236,7 +243,7 @@ def test_zero_rows_stay_zero_and_bad_rows_stay_alone(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("left", (0.6, 0.3, 0.13, 1e-2, 1e-3))
+@pytest.mark.parametrize("left", (0.6, slow(0.3), 0.13, slow(1e-2), 1e-3))
 def test_a_bias_that_cancels_the_codes(device, left, dtype):
     """b = -zA (1 - left): of |y|^2 nothing is left but left^2 of the terms that code space adds up."""
     codes, weight, bias, target = inputs(33, 200, 24, torch.float64)
@@ -303,7 +310,7 @@ def embeddings(rows, d, k, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows,d,k", ((0, 64, 8), (1, 64, 8), (33, 200, 24), (129, 300, 37)))
+@pytest.mark.parametrize("rows,d,k", ((0, 64, 8), (1, 64, 8), (33, 200, 24), slow(129, 300, 37)))
 def test_project_and_reconstruct(device, rows, d, k, dtype):
     tensors = embeddings(rows, d, k, dtype, device)
     x, mean, components, weight, bias, target = (tensor.cpu().double() for tensor in tensors)
@@ -347,7 +354,7 @@ def gradients(function, tensors, target, g, needed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows,d,k", ((1, 64, 8), (70, 600, 140), (33, 200, 130)))
+@pytest.mark.parametrize("rows,d,k", ((1, 64, 8), slow(70, 600, 140), (33, 200, 130)))
 def test_gradients_of_codes_weight_and_bias(device, rows, d, k, dtype):
     *tensors, target = inputs(rows, d, k, dtype, device)
     g = inputs(rows, d, k, dtype, device, seed=1)[0] @ tensors[1]
@@ -379,7 +386,7 @@ def test_gradients_through_ids_and_expanded_gradients(device):
 # promises beside the numbers
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (torch.float32, slow(torch.float16), slow(torch.bfloat16)))
 def test_the_same_bits_ten_times(device, dtype):
     rows, d, k = (1000, 600, 70) if NATIVE else (17, 100, 20)  # no two programs at once in the interpreter
     *tensors, target = inputs(rows, d, k, dtype, device)
@@ -510,7 +517,7 @@ def test_triton_is_not_imported_without_cuda():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the interpreter's bfloat16, mended: the shim is as much under test as the kernels that lean on it
+# the interpreter's bfloat16 is wrong: the shim that repairs it is under test like the kernels that need it
 
 if adapter.HAVE_TRITON:
     import triton
@@ -552,9 +559,10 @@ def test_dot_multiplies_values(monkeypatch, dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ahead of time: what the compiler makes of the kernels, for GPUs that need not be here
+# ahead of time: the compiler's report, for GPUs that need not be here
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not adapter.HAVE_TRITON, reason="triton is not installed")
 def test_compiled_kernels_fit_the_hardware(compiled):
     code, result = compiled()
@@ -569,4 +577,6 @@ def test_compiled_kernels_fit_the_hardware(compiled):
             assert row["wgmma"], row
     committed = json.loads((HERE / "results" / "kernels" / "aot.json").read_text())
     if committed["triton"] == result["triton"]:
-        assert committed == result, "the README's table is of other kernels: run python results/run_kernels.py"
+        assert committed == result, (
+            "the table in results/README.md is of other kernels: run python results/run_kernels.py"
+        )

@@ -45,10 +45,19 @@ if __name__ == "__main__":
     args.out.mkdir(parents=True, exist_ok=True)
     python = sys.executable
     if not args.skip_tests:
-        run(python, "-m", "pytest", "-q", "test_kernels.py")
+        run(python, "-m", "pytest", "-q", "-m", "", "test_kernels.py")
         sanitizer = shutil.which("compute-sanitizer")
         if cuda and sanitizer:
-            tests = ["-m", "pytest", "-q", "test_kernels.py", "-k", "strided or gradients or many_blocks or any_width"]
+            tests = [
+                "-m",
+                "pytest",
+                "-q",
+                "-m",
+                "",
+                "test_kernels.py",
+                "-k",
+                "strided or gradients or many_blocks or any_width",
+            ]
             run(sanitizer, "--tool", "memcheck", "--error-exitcode", "9", python, *tests)
         elif cuda:
             print("compute-sanitizer is not installed: memcheck not run")

@@ -1,6 +1,6 @@
-"""Do the tests of the kernels see a broken kernel? Five faults, planted one at a time in a copy, must each be caught.
+"""Do the fast tests of the kernels see a broken kernel? Each of five faults, planted in a copy, must be caught.
 
-python tests/test_planted_faults.py        # says which test caught which fault; pytest runs the same
+python tests/test_planted_faults.py        # says which test caught which fault; pytest -m slow runs the same
 """
 
 import importlib.util
@@ -37,11 +37,11 @@ FAULTS = {
     "wrong stride": ("*codes.stride(), gram.stride(0), *weight.stride(),\n            _target_row", "*codes.stride(), "
                      "gram.stride(0), d, 1,\n            _target_row"),
 }  # fmt: skip
-SLOW = "not number_of_rows and not compiled and not imported"  # the others see the faults too, and sooner
+pytestmark = pytest.mark.slow
 
 
 def first_failure(fault: str | None) -> str | None:
-    """Plant a fault in a copy of the kernels, run their tests: the name of the first that fails, None if none does."""
+    """Plant a fault in a copy of the kernels and run their fast tests: the name of the first that fails, or None."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         shutil.copytree(HERE / "kernels", copy / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
@@ -52,7 +52,7 @@ def first_failure(fault: str | None) -> str | None:
             text = path.read_text()
             assert text.count(old) == 1, f"the line to break for {fault!r} is there {text.count(old)} times, not once"
             path.write_text(text.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "test_kernels.py", "-k", SLOW]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "test_kernels.py"]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         assert run.returncode in (0, 1), run.stdout + run.stderr

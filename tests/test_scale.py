@@ -11,8 +11,8 @@ import torch
 import transformers
 from conftest import HERE, run_stage
 
-import scale
 import stage1_pca_adapter as stage1
+from plumbing import scale
 
 PUBLISHED = {"llama-7b": 6_738_415_616, "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496}
 SMALL = dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8, vocab_size=8000)
@@ -32,7 +32,9 @@ def arguments(shape, **more):
     )
 
 
-@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize(
+    "model", ("llama-7b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-3.1-8b", "llama-3.1-70b")))
+)
 def test_dry_run_counts_what_is_published(model):
     run = run_stage(stage1, "--model", model, "--dry-run", "--micro-batch-size", "1", "--dtype", "bfloat16")
     assert run.code == 0, run.stderr
@@ -44,16 +46,17 @@ def test_dry_run_counts_what_is_published(model):
 
 
 MEASURE = """
-import gc, json, sys, types, torch, common, scale
+import gc, json, sys, types, torch, stage1_pca_adapter as stage1
+from plumbing import models, scale
 args = types.SimpleNamespace(**json.loads(sys.argv[1]))
 torch.manual_seed(0)
 with scale.PeakMemory() as tensors:
     reader = scale.random_reader(args.model, None, torch.device("cpu"), torch.float32)
     if args.checkpointing:
-        common.checkpoint_layers(reader.model)
+        models.checkpoint_layers(reader.model)
     batch = scale.random_batch(reader, args.micro_batch_size, scale.LENGTH, scale.ANSWER)
     batch.attention[0, 0] = 0  # padding, as text has: else the LLM makes no mask
-    step = scale.steps_of(scale.random_wire(reader, 32, "linear"), batch)["wire"]
+    step = scale.steps_of(stage1, scale.random_wire(stage1, reader, 32, "linear"), batch)["wire"]
     step()  # makes the optimiser's state
     gc.collect()
     resting = tensors.peak = tensors.now
@@ -64,6 +67,7 @@ print(json.dumps([tensors.peak - resting, scale.peak_bytes(step, reader.device) 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_dry_run_says_what_a_step_takes(shape, checkpointing):
@@ -77,12 +81,13 @@ def test_dry_run_says_what_a_step_takes(shape, checkpointing):
     )
     assert done.returncode == 0, done.stderr
     tensors, resident = json.loads(done.stdout)
-    said = scale.trace(args, torch.float32, checkpointing)["activations"]
+    said = scale.trace(stage1, args, torch.float32, checkpointing)["activations"]
     assert said == pytest.approx(tensors, rel=0.1)  # what torch really made
     assert said == pytest.approx(resident, rel=0.1)  # what the process really took
 
 
-def test_random_weights_time_three_ways(shape):
+def test_random_weights_time_three_ways(shape, monkeypatch):
+    monkeypatch.setattr(scale, "LENGTH", 128)
     flags = ("--steps", "2", "--batch-size", "2", "--adapter", "linear", "--gradient-checkpointing")
     run = run_stage(stage1, "--model", shape, "--random-weights", "2", *flags)
     assert run.code == 0, run.stderr
@@ -105,6 +110,7 @@ def test_random_weights_time_three_ways(shape):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ("mixtral", "mamba", "gemma2"))
 def test_other_architectures_are_counted_and_timed(family, tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "LENGTH", 64)  # mamba's steps are one after another
@@ -129,9 +135,9 @@ def test_the_three_ways_learn_alike(shape):
     gradients = []
     for way in ("wire", "plain"):
         torch.manual_seed(0)
-        wire = scale.random_wire(reader, 32, "linear")
+        wire = scale.random_wire(stage1, reader, 32, "linear")
         seen = wire.adapter.weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
-        scale.steps_of(wire, batch)[way]()
+        scale.steps_of(stage1, wire, batch)[way]()
         seen.remove()
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
 
