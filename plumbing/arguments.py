@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+from plumbing.checkpoints import CHECKPOINT
 from plumbing.hub import MODELS
 from plumbing.launch import UserError
 from plumbing.wires import SavedWire
@@ -94,6 +95,8 @@ def finish_arguments(parser: Parser) -> argparse.Namespace:
         parser.error(f"--out {args.out} is the wire under evaluation and would be overwritten: give another directory")
     if args.resume and args.eval_only:
         parser.error("--resume continues a training run and --eval-only has none: drop one of them")
+    if args.resume and not (Path(args.out) / CHECKPOINT).exists():
+        parser.error(f"--resume: {Path(args.out) / CHECKPOINT} does not exist; start without --resume")
     return args
 
 

@@ -14,6 +14,9 @@ from plumbing.launch import UserError
 from plumbing.processes import rank
 
 
+CHECKPOINT = "checkpoint.safetensors"  # in a run's directory
+
+
 def write_atomically(path: Path, payload: bytes) -> None:
     """Write beside the file, then rename: a crash or a full disk leaves the old file intact. Only rank 0 writes."""
     if rank():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from plumbing.arguments import saved_arguments
-from plumbing.checkpoints import load_checkpoint, restore, save_checkpoint, write_atomically
+from plumbing.checkpoints import CHECKPOINT, load_checkpoint, restore, save_checkpoint, write_atomically
 from plumbing.launch import SIGNALS, UserError
 from plumbing.processes import rank, sum_over_processes, world_size
 from plumbing.report import rounded
@@ -52,7 +52,7 @@ class Run:
     ):  # fmt: skip
         """modules: what is trained, by name; identity: see above; show: called after every checkpoint."""
         self.args, self.out, self.modules, self.optimizer = args, out, modules, optimizer
-        self.identity, self.show, self.path = identity, show, out / "checkpoint.safetensors"
+        self.identity, self.show, self.path = identity, show, out / CHECKPOINT
         self.total = 0 if args.eval_only else args.steps
         self.state = {"step": 0, "seconds": 0.0, "history": [], "norms": [], "skipped": 0, "in_a_row": 0}
         if args.resume:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,11 +18,13 @@ HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE.parent / "shared"  # real data and models beside the project, where there are any
 sys.path[:0] = [str(HERE), str(HERE / "tiny")]  # pretrain.py is a script beside world.py
 
+import plumbing.report  # noqa: E402
 import stage0_broken as stage0  # noqa: E402
 import stage1_pca_adapter as stage1  # noqa: E402
 import stage2_encoder as stage2  # noqa: E402
 import stage3_full as stage3  # noqa: E402
 from plumbing.launch import launch  # noqa: E402
+from plumbing.wires import load_wire  # noqa: E402
 
 CPU = torch.device("cpu")
 QUICK = ("--steps", "4", "--batch-size", "4", "--eval-examples", "8")
@@ -67,6 +70,13 @@ def succeed(module, *flags: str) -> Run:
     return run
 
 
+def run_script(module, *flags: str) -> Run:
+    """A stage in a process of its own, as its users start it."""
+    command = [sys.executable, module.__file__, *map(str, flags)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, encoding="utf-8")
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
 def save_random_llm(directory: Path, config, tokenizer_from: Path) -> Path:
     """A random LLM of this config, with the tokenizer of another directory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,7 +103,7 @@ def ladder_flags(llm: Path, wires: Path) -> dict:
     """name -> (module, flags) of every stage on an LLM, each on top of the wire of the one before, in `wires`."""
     on = ("--model", llm)
     return {
-        "stage0": (stage0, on),
+        "stage0": (stage0, (*on, "--smoke")),  # its linear probes are then fitted on 10 prompts, not on 1000
         "stage1": (stage1, (*on, "--code-dim", "8")),
         "stage2": (stage2, (*on, "--stage1", wires / "stage1", "--llm-steps", "2")),
         "stage3": (stage3, ("--stage2", wires / "stage2")),
@@ -111,3 +121,16 @@ def ladder(random_llm, tmp_path_factory) -> Path:
     for name, (module, flags) in ladder_flags(random_llm, wires).items():
         (wires / f"{name}.txt").write_text(succeed(module, *flags, *QUICK, "--out", wires / name).stdout)
     return wires
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """A third of the time of so short a run is its report.png."""
+    monkeypatch.setattr(plumbing.report, "draw_report", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def codec() -> stage3.Codec:
+    """The sender of the shipped stage-3 wire."""
+    wire = load_wire(stage3.SHIPPED, "stage3", ("without",), stage3.NEEDED)
+    return stage3.Codec(wire.tensors, wire.config["without"], CPU)

@@ -1,4 +1,4 @@
-"""Any causal LM: random models of the families that people have, each through the stages that fit it."""
+"""Any causal LM can be the reader: random models of the families that people have go through the stages."""
 
 import json
 import os
@@ -11,13 +11,20 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import HERE, run_stage, save_random_llm
+from conftest import CPU, HERE, run_stage, save_random_llm, succeed
 
-import common
+import plumbing.launch
+import plumbing.models
 import stage0_broken as stage0
 import stage1_pca_adapter as stage1
 import stage2_encoder as stage2
 import stage3_full as stage3
+from common import INSTRUCTION, PROMPT, answer_logits, as_prompt, generate, load_reader, make_batch, make_prompt
+from plumbing.data import load_data
+from plumbing.hub import AutoModelForCausalLM, GradientCheckpointingLayer
+from plumbing.launch import UserError
+from plumbing.models import check_embeddings, checkpoint_layers, weight_bytes
+from plumbing.spelling import tokenize
 
 V = 2064  # more than either tokenizer knows: real models pad their tables
 SMALL = dict(
@@ -54,7 +61,7 @@ TEMPLATE = (
 )
 
 
-# mixtures of experts, states instead of attention, other positions, embeddings narrower than the layers
+# families with experts, states instead of attention, other positions, or embeddings narrower than the layers
 MORE = {
     "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4),
     "gpt-oss": lambda: transformers.GptOssConfig(
@@ -89,9 +96,19 @@ MORE = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+# the fast tests take these families: both tokenizers, and several kinds of embeddings, positions and layers
+FAST = ("llama", "gemma", "gpt2", "opt", "gpt-oss", "mamba", "granite", "opt-350m")
+FAST_THROUGH_THE_STAGES = ("gemma",)  # beside the chat model, which is a Llama with the other tokenizer
+
+
+def families(names, fast=FAST):
+    """The families as parameters of a test; all but the fast ones are slow."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(scope="module", params=families(ARCHITECTURES))
 def llm(request, tmp_path_factory):
-    """Every other family with a byte-fallback tokenizer and a start token, the others with byte-level BPE and none."""
+    """Every other family has a byte-fallback tokenizer and a start token, the others have byte-level BPE and none."""
     tokenizer = ("tiny-llama", "tiny-qwen")[list(ARCHITECTURES).index(request.param) % 2]
     directory = tmp_path_factory.mktemp(request.param.split(",")[0])
     return save_random_llm(directory, ARCHITECTURES[request.param](), HERE / "tiny" / tokenizer)
@@ -99,34 +116,35 @@ def llm(request, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_embeddings_give_the_logits_of_ids(llm, dtype):
-    reader = common.load_reader(str(llm), torch.device("cpu"), dtype)
-    if "gemma2" not in str(llm):  # caps its attention scores, which the library's fused attention cannot
+    reader = load_reader(str(llm), CPU, dtype)
+    if "gemma2" not in str(llm):  # it caps its attention scores, which the library's fused attention cannot do
         assert reader.model.config._attn_implementation == "sdpa"
     ids = torch.randint(V, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         from_embeddings = reader.model(inputs_embeds=reader.table[ids].to(dtype)).logits
         torch.testing.assert_close(from_embeddings, reader.model(input_ids=ids).logits, rtol=0, atol=0)
-    rows = common.load_data("tiny", reader, 4).test
-    prompts = [common.make_prompt(reader, row["context"], row["question"]).ids for row in rows]
-    from_ids = common.generate(reader, prompts, 2)
+    rows = load_data("tiny", reader, 4).test
+    prompts = [make_prompt(reader, row["context"], row["question"]).ids for row in rows]
+    from_ids = generate(reader, prompts, 2)
     kept = {bytes(str(prompt), "ascii"): reader.table[prompt] for prompt in prompts}
-    assert common.generate(reader, list(kept), 2, kept.__getitem__) == from_ids
+    assert generate(reader, list(kept), 2, kept.__getitem__) == from_ids
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", families(MORE))
 def test_more_families_read_and_answer_from_embeddings(name, tmp_path):
     directory = save_random_llm(tmp_path / "llm", MORE[name](), HERE / "tiny" / "tiny-qwen")
-    reader = common.load_reader(str(directory), torch.device("cpu"), torch.float32, checkpointing=True)
-    data = common.load_data("tiny", reader, 4)
-    prompts = [common.make_prompt(reader, row["context"], row["question"]).ids for row in data.test]
+    reader = load_reader(str(directory), CPU, torch.float32, checkpointing=True)
+    data = load_data("tiny", reader, 4)
+    prompts = [make_prompt(reader, row["context"], row["question"]).ids for row in data.test]
     kept = {bytes(str(prompt), "ascii"): reader.table[prompt] for prompt in prompts}
-    assert common.generate(reader, list(kept), 2, kept.__getitem__) == common.generate(reader, prompts, 1)
-    batch = common.make_batch(reader, data.train_rows(0, 0, 2))
+    assert generate(reader, list(kept), 2, kept.__getitem__) == generate(reader, prompts, 1)
+    batch = make_batch(reader, data.train_rows(0, 0, 2))
     embeddings = reader.table[batch.ids].requires_grad_()
-    common.answer_logits(reader, batch, embeddings).square().sum().backward()
+    answer_logits(reader, batch, embeddings).square().sum().backward()
     assert (embeddings.grad.abs().sum(-1) > 0)[batch.sent].all()  # every token of a prompt bears on its answer
 
 
+@pytest.mark.parametrize("llm", families(ARCHITECTURES, FAST_THROUGH_THE_STAGES), indirect=True)
 def test_the_stages_run(llm, tmp_path):
     run_the_stages(llm, tmp_path)
 
@@ -135,36 +153,26 @@ def test_the_stages_run_on_a_chat_model(random_llm, tmp_path):
     llm = shutil.copytree(random_llm, tmp_path / "chat")
     (llm / "chat_template.jinja").write_text(TEMPLATE)
     said = run_the_stages(llm, tmp_path)
-    assert f"<|user|>\\n{common.INSTRUCTION}\\n\\n{{context}}\\nQuestion: {{question}}\\n<|assistant|>" in said
+    assert f"<|user|>\\n{INSTRUCTION}\\n\\n{{context}}\\nQuestion: {{question}}\\n<|assistant|>" in said
 
 
 def run_the_stages(llm, tmp_path):
-    """All four stages, one on the other; returns what stage 1 printed."""
-    run = run_stage(stage1, "--model", llm, *QUICK, "--code-dim", "8", "--out", tmp_path / "1")
-    assert run.code == 0, run.stderr
+    """All four stages run, one on top of the other. Returns what stage 1 printed."""
+    on = ("--model", llm, *QUICK)
+    run = succeed(stage1, *on, "--code-dim", "8", "--out", tmp_path / "1")
     said = run.stdout
     controls = json.loads((tmp_path / "1" / "config.json").read_text())["controls"]
     assert controls["identity_same_answers"] == 3  # the identity wire reads as the text does
     assert abs(run.result["nll_wire"] - run.result["nll_text"]) < 1.0
-    run = run_stage(
-        stage2, "--model", llm, *QUICK, "--stage1", tmp_path / "1", "--llm-steps", "1", "--out", tmp_path / "2"
-    )
-    assert run.code == 0, run.stderr
-    run = run_stage(
-        stage3, "--eval-only", HERE / stage3.SHIPPED, "--stage2", tmp_path / "2", "--eval-examples", "3",
-        "--out", tmp_path / "3",
-    )  # fmt: skip
-    assert run.code == 0, run.stderr
-    run = run_stage(
-        stage3, "--receiver", "direct", "--wire", tmp_path / "3", "--model", llm, *QUICK, "--out", tmp_path / "4"
-    )
-    assert run.code == 0, run.stderr
-    run = run_stage(stage0, "--model", llm, *QUICK, "--out", tmp_path / "0")
-    assert run.code == 0, run.stderr
+    succeed(stage2, *on, "--stage1", tmp_path / "1", "--llm-steps", "1", "--out", tmp_path / "2")
+    joins = ("--eval-only", HERE / stage3.SHIPPED, "--stage2", tmp_path / "2", "--eval-examples", "3")
+    succeed(stage3, *joins, "--out", tmp_path / "3")
+    succeed(stage3, "--receiver", "direct", "--wire", tmp_path / "3", *on, "--out", tmp_path / "4")
+    succeed(stage0, *on, "--smoke", "--out", tmp_path / "0")  # --smoke: linear probes of 10 prompts, not of 1000
     return said
 
 
-# no wire can be put before these: (config, what is said, changes of the weights)
+# no wire can be put before these models: (config, what the refusal says, a change of the weights)
 UNFIT = {
     "a second embedding for each token": (
         lambda: transformers.Gemma4TextConfig(
@@ -178,7 +186,7 @@ UNFIT = {
         lambda: transformers.RwkvConfig(
             vocab_size=V, hidden_size=32, num_hidden_layers=2, context_length=256, bos_token_id=1, eos_token_id=2
         ),
-        "does not pass over masked padding",
+        "does not ignore masked padding",
         None,
     ),
     "no answers from embeddings": (
@@ -209,13 +217,13 @@ UNFIT = {
     ),
     "weights that are no numbers": (
         lambda: transformers.LlamaConfig(**SMALL),
-        "makes logits that are not numbers",
+        "makes NaN or infinite logits",
         lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")),
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", ("float32", pytest.param("bfloat16", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("why", UNFIT)
 def test_an_llm_that_no_wire_fits_is_refused(why, dtype, tmp_path):
     config, expected, change = UNFIT[why]
@@ -230,19 +238,21 @@ def test_an_llm_that_no_wire_fits_is_refused(why, dtype, tmp_path):
 
 
 def test_an_llm_that_reads_more_of_a_token_than_its_embedding_is_refused(random_llm):
-    reader = common.load_reader(str(random_llm), torch.device("cpu"), torch.float32)
-    common.check_embeddings(reader)
+    reader = load_reader(str(random_llm), CPU, torch.float32)
+    prompt = tokenize(reader, as_prompt(reader, PROMPT))
+    check_embeddings(reader, prompt)
     table = reader.table
     reader.table = table * 1.2
-    with pytest.raises(common.UserError, match="reads more of a token than its embedding"):
-        common.check_embeddings(reader)
+    with pytest.raises(UserError, match="reads more of a token than its embedding"):
+        check_embeddings(reader, prompt)
     reader.table = table[:20]
-    with pytest.raises(common.UserError, match="has 20 embeddings and its prompts the token"):
-        common.check_embeddings(reader)
+    with pytest.raises(UserError, match="has 20 embeddings and its prompts the token"):
+        check_embeddings(reader, prompt)
 
 
 LOAD = """
-import sys, threading, time, torch, common
+import sys, threading, time, torch
+from common import load_reader
 
 def anonymous():  # not the file's pages, which the machine takes back when it needs them
     return 1024 * int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])
@@ -256,7 +266,7 @@ before, done = anonymous(), False
 peak = [before]
 watcher = threading.Thread(target=watch)
 watcher.start()
-reader = common.load_reader(sys.argv[1], torch.device("cpu"), torch.bfloat16)
+reader = load_reader(sys.argv[1], torch.device("cpu"), torch.bfloat16)
 done = True
 watcher.join()
 assert all(p.dtype == torch.bfloat16 for p in reader.model.parameters())
@@ -264,6 +274,7 @@ print(peak[0] - before, sum(p.numel() for p in reader.model.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("saved_as", (torch.bfloat16, torch.float32))
 def test_weights_are_loaded_with_no_second_copy(saved_as, tmp_path):
@@ -276,7 +287,7 @@ def test_weights_are_loaded_with_no_second_copy(saved_as, tmp_path):
     assert run.returncode == 0, run.stderr
     taken, numbers = map(int, run.stdout.split())
     assert numbers > 70e6  # 150 MB
-    # weights saved in bfloat16 stay pages of the file; others are converted, once. The rest is the check's small run
+    # weights saved in bfloat16 stay pages of the file; others are converted once. check_embeddings takes the rest
     assert taken < 2 * numbers * (saved_as == torch.float32) + 50e6
 
 
@@ -288,44 +299,42 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 
 
 def test_checkpointing_changes_no_gradient(llm):
-    reader = common.load_reader(str(llm), torch.device("cpu"), torch.float32)
-    batch = common.make_batch(reader, common.load_data("tiny", reader, 4).train_rows(0, 0, 2))
+    reader = load_reader(str(llm), CPU, torch.float32)
+    batch = make_batch(reader, load_data("tiny", reader, 4).train_rows(0, 0, 2))
 
     def gradient():
         embeddings = reader.table[batch.ids].requires_grad_()
-        logits, states = common.answer_logits(reader, batch, embeddings, states=True)
+        logits, states = answer_logits(reader, batch, embeddings, states=True)
         (logits.square().sum() + sum(state.square().sum() for state in states)).backward()
         return embeddings.grad
 
     kept = gradient()
-    common.checkpoint_layers(reader.model)
+    checkpoint_layers(reader.model)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         saved: list[int] = []
         assert torch.equal(gradient(), kept)
         twice = sum(saved)
-        common.checkpoint_layers(reader.model, on=False)
+        checkpoint_layers(reader.model, on=False)
         saved.clear()
         assert torch.equal(gradient(), kept)
     assert twice != sum(saved)
 
 
 def test_layers_on_several_devices_change_no_gradient_and_no_answer(llm, monkeypatch):
-    """accelerate's hooks, which --device split lives from, around every part of the LLM; here all devices are one."""
-    reader = common.load_reader(str(llm), torch.device("cpu"), torch.float32)
-    data = common.load_data("tiny", reader, 4)
-    batch = common.make_batch(reader, data.train_rows(0, 0, 2))
-    prompts = [common.make_prompt(reader, row["context"], row["question"]).ids for row in data.test]
+    """accelerate's hooks, which --device split needs, are around every part of the LLM; here all devices are one."""
+    reader = load_reader(str(llm), CPU, torch.float32)
+    data = load_data("tiny", reader, 4)
+    batch = make_batch(reader, data.train_rows(0, 0, 2))
+    prompts = [make_prompt(reader, row["context"], row["question"]).ids for row in data.test]
 
     def gradient_and_answers():
         embeddings = reader.table[batch.ids].requires_grad_()
-        logits, states = common.answer_logits(reader, batch, embeddings, states=True)
+        logits, states = answer_logits(reader, batch, embeddings, states=True)
         (logits.square().sum() + sum(state.square().sum() for state in states)).backward()
-        return embeddings.grad, common.generate(reader, prompts, 2)
+        return embeddings.grad, generate(reader, prompts, 2)
 
     gradient, answers = gradient_and_answers()
-    layers = [
-        name for name, part in reader.model.named_modules() if isinstance(part, common.GradientCheckpointingLayer)
-    ]
+    layers = [name for name, part in reader.model.named_modules() if isinstance(part, GradientCheckpointingLayer)]
     parts = dict.fromkeys(layers, "cpu")  # and what is in no layer
     for name, part in reader.model.named_modules():
         if (part._parameters or part._buffers) and not name.startswith(tuple(f"{layer}." for layer in layers)):
@@ -336,7 +345,7 @@ def test_layers_on_several_devices_change_no_gradient_and_no_answer(llm, monkeyp
     monkeypatch.setattr(hook, "pre_forward", lambda self, part, *a, **b: seen.add(part) or move(self, part, *a, **b))
     through = []
     for on in (False, True):
-        common.checkpoint_layers(reader.model, on)
+        checkpoint_layers(reader.model, on)
         seen.clear()
         again, same_answers = gradient_and_answers()
         assert torch.equal(again, gradient) and same_answers == answers
@@ -349,8 +358,7 @@ def test_split_is_the_run_of_one_device(random_llm, tmp_path):
     for device in ("cpu", "split"):
         out = tmp_path / device
         flags = ("--model", random_llm, *QUICK, "--code-dim", "8", "--gradient-checkpointing", "--dtype", "float32")
-        run = run_stage(stage1, *flags, "--device", device, "--out", out)
-        assert run.code == 0, run.stderr
+        run = succeed(stage1, *flags, "--device", device, "--out", out)
         runs[device] = {key: value for key, value in run.result.items() if not key.endswith("_seconds")}
     assert runs["split"] == runs["cpu"]
 
@@ -366,10 +374,10 @@ def test_split_refuses_what_it_cannot_do(random_llm, tmp_path, monkeypatch):
     assert "drop --device split" in refused("--random-weights", "1")
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        patch.setattr(common, "join_processes", lambda: False)
+        patch.setattr(plumbing.launch, "join_processes", lambda: False)
         assert "not torchrun" in refused("--batch-size", "8")
     with monkeypatch.context() as patch:
-        patch.setattr(common.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(plumbing.models.importlib.util, "find_spec", lambda name: None)
         assert "pip install accelerate" in refused()
 
     def too_large(directory, **options):  # as accelerate places a model that is larger than the GPUs
@@ -378,8 +386,8 @@ def test_split_refuses_what_it_cannot_do(random_llm, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         return model, loaded
 
-    load = common.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(common.AutoModelForCausalLM, "from_pretrained", too_large)
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", too_large)
     assert "does not fit into the memory of" in refused()
     assert not (tmp_path / "out").exists()
 
@@ -393,32 +401,33 @@ def save_in_few_bits(directory, saved, **bits):
     return directory
 
 
+@pytest.mark.slow
 def test_weights_in_8_bits_stay_so_and_go_through_every_stage(tmp_path):
     config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 64, "intermediate_size": 96})
     whole = save_random_llm(tmp_path / "whole", config, HERE / "tiny" / "tiny-llama")
     llm = save_in_few_bits(tmp_path / "llm", whole, load_in_8bit=True)
     gradients = []
     for directory in (whole, llm):
-        reader = common.load_reader(str(directory), torch.device("cpu"), torch.float32)
-        batch = common.make_batch(reader, common.load_data("tiny", reader, 4).train_rows(0, 0, 2))
+        reader = load_reader(str(directory), CPU, torch.float32)
+        batch = make_batch(reader, load_data("tiny", reader, 4).train_rows(0, 0, 2))
         embeddings = reader.table[batch.ids].requires_grad_()
-        common.answer_logits(reader, batch, embeddings).square().sum().backward()
+        answer_logits(reader, batch, embeddings).square().sum().backward()
         gradients.append(embeddings.grad.flatten())
     assert reader.model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
     assert 0.99 < torch.cosine_similarity(*gradients, dim=0) < 1
     held = sum(tensor.numel() * tensor.element_size() for tensor in reader.model.state_dict().values())
-    assert common.weight_bytes(llm, torch.float32)[0] == pytest.approx(held, rel=0.01)
+    assert weight_bytes(llm, torch.float32)[0] == pytest.approx(held, rel=0.01)
     run = run_stage(stage1, "--model", whole, "--dry-run", "--micro-batch-size", "1", "--dtype", "float32")
     assert run.result["weights_in_bits"]["8"] == pytest.approx(held, rel=0.01)
     run_the_stages(llm, tmp_path)
-    again = common.load_reader(str(llm), torch.device("cpu"), torch.float32)
+    again = load_reader(str(llm), CPU, torch.float32)
     assert again.fingerprint == reader.fingerprint
 
 
+@pytest.mark.slow
 def test_a_trained_llm_in_8_bits_still_answers(tmp_path):
     llm = save_in_few_bits(tmp_path / "llm", HERE / "tiny" / "tiny-llama", load_in_8bit=True)
-    run = run_stage(stage1, "--model", llm, "--smoke", "--code-dim", "24", "--out", tmp_path / "out")
-    assert run.code == 0, run.stderr
+    run = succeed(stage1, "--model", llm, "--smoke", "--code-dim", "24", "--out", tmp_path / "out")
     assert run.result["text_f1"] > 80 and run.result["retention"] > 95
 
 

@@ -1,22 +1,24 @@
 """Stage 2 as its users run it, and the promises of its encoder: no tokenizer, any text, known targets."""
 
-import hashlib
 import json
 import random
 import shutil
-import subprocess
-import sys
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import HERE, SHARED, need, run_stage
+from conftest import CPU, HERE, QUICK, SHARED, ladder_flags, need, run_script, run_stage, succeed
 
-import common
 import stage1_pca_adapter as stage1
 import stage2_encoder as stage2
+from common import IGNORE, PCA, Prompt, load_reader, make_batch, prompt_text, sent_prompt, splice, to_bytes
+from plumbing.data import load_data
+from plumbing.launch import UserError
+from plumbing.report import RESULT_KEYS
+from plumbing.spelling import odd_text, prefix_ids, spells, token_ends, tokenize
+from plumbing.wires import save_wire
 
-QUICK = ("--steps", "4", "--llm-steps", "2", "--batch-size", "4", "--eval-examples", "8")
 ODD_TEXTS = (
     "Hello Émile 😀 naïve  x\n12345 cafe\u0301", "ALL CAPS and lower", "👍🏽🇫🇷❤️ ok", "1234567890 3.14159", "\t\n  \n",
     "中文字 한국어", "a", " ", "Zürich–Łódź “quoted”…", "\x00\x7f", "x" * 300,
@@ -28,22 +30,17 @@ def reader(request):
     name = request.param
     if name == "stories260k":
         name = str(need(SHARED / "models" / name))
-    return common.load_reader(name, torch.device("cpu"), torch.float32)
+    return load_reader(name, CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
 def wire():
     """An encoder with random weights: what it promises does not depend on what it learned."""
-    reader = common.load_reader("tiny", torch.device("cpu"), torch.float32)
+    reader = load_reader("tiny", CPU, torch.float32)
     torch.manual_seed(0)
     codes = torch.randn(len(reader.table), 24)
-    adapter = stage2.Adapter(
-        "codebook",
-        common.PCA(torch.zeros(192), torch.zeros(192, 24), torch.ones(192)),
-        reader,
-        codes,
-        torch.ones(1024),
-    )
+    pca = PCA(torch.zeros(192), torch.zeros(192, 24), torch.ones(192))
+    adapter = stage2.Adapter("codebook", pca, reader, codes, torch.ones(1024))
     return stage2.Wire(reader, stage2.Encoder(24).eval(), adapter, codes[[1]], torch.tensor(0.1))
 
 
@@ -53,10 +50,10 @@ def wire():
 @pytest.mark.parametrize("text", ODD_TEXTS)
 def test_token_ends_spell_the_bytes(reader, text):
     spelled = reader.spelling.spell(text)
-    ids, ends = common.token_ends(reader, text)
+    ids, ends = token_ends(reader, text)
     raw = spelled.encode()
     assert ends[-1] == len(raw) and ends == sorted(set(ends)) and len(ids) == len(ends)
-    assert common.prefix_ids(reader) + ids == common.tokenize(reader, text)
+    assert prefix_ids(reader) + ids == tokenize(reader, text)
     # each token alone says the bytes between its neighbours' ends, where these are whole characters
     for token, start, end in zip(ids, [0, *ends[:-1]], ends, strict=True):
         try:
@@ -70,10 +67,10 @@ def test_token_ends_spell_the_bytes(reader, text):
 def test_odd_text_is_text_that_the_tokenizer_spells(reader):
     prompt = "Pergalan is a firm. It sells olive oil.\nQuestion: What does Pergalan sell?\nAnswer:"
     rng = random.Random(0)
-    texts = [stage2.odd_text(rng, prompt, reader) for _ in range(200)]
+    texts = [odd_text(rng, prompt, reader) for _ in range(200)]
     assert len(set(texts)) > 190 and any(not text.isascii() for text in texts)
     for text in texts:
-        common.token_ends(reader, text)
+        token_ends(reader, text)
 
 
 @pytest.mark.parametrize("template", (None, "<s>[INST] {{ messages[0]['content'] }} [/INST]"))
@@ -83,17 +80,11 @@ def test_spaces_that_a_tokenizer_puts_in_front_are_spelled(scheme, template, tmp
     description = json.loads((directory / "tokenizer.json").read_text())
     description["pre_tokenizer"] = {**description["pre_tokenizer"]["pretokenizers"][-1], "prepend_scheme": scheme}
     (directory / "tokenizer.json").write_text(json.dumps(description))
-    reader = common.load_reader(str(directory), torch.device("cpu"), torch.float32)
+    reader = load_reader(str(directory), CPU, torch.float32)
     reader.tokenizer.chat_template = template
-    for text in (
-        common.prompt_text(reader, "Pergalan sells oil.", "Who?"),
-        "oil",
-        " oil",
-        "a</s> b</s>c",
-        "</s>",
-        "x\ny",
-    ):
-        ids, ends = common.token_ends(reader, text)
+    whole = prompt_text(reader, "Pergalan sells oil.", "Who?")
+    for text in (whole, "oil", " oil", "a</s> b</s>c", "</s>", "x\ny"):
+        ids, ends = token_ends(reader, text)
         assert ids and ends[-1] == len(reader.spelling.spell(text).encode())
 
 
@@ -103,7 +94,7 @@ def test_a_tokenizer_whose_names_spell_nothing_is_refused_before_training(tmp_pa
     description["normalizer"] = {"type": "Replace", "pattern": {"String": "Q"}, "content": "question"}
     (directory / "tokenizer.json").write_text(json.dumps(description))
     wire = tmp_path / "stage1"
-    assert run_stage(stage1, "--model", directory, "--smoke", "--code-dim", "4", "--out", wire).code == 0
+    succeed(stage1, "--model", directory, *QUICK, "--code-dim", "4", "--out", wire)
     run = run_stage(stage2, "--model", directory, "--stage1", wire, "--smoke", "--out", tmp_path / "out")
     assert run.code == 2 and "do not spell its prompts" in run.stderr and run.stderr.count("\n") == 1
 
@@ -111,11 +102,11 @@ def test_a_tokenizer_whose_names_spell_nothing_is_refused_before_training(tmp_pa
 def test_a_training_text_that_the_tokens_do_not_spell_is_cut_where_the_encoder_says(wire):
     wire.reader.table.requires_grad_(False)
     rows = [{"context": context, "question": "Who?", "answers": ["oil"]} for context in ("a \u2581 b", "Pergalan")]
-    assert not stage2.spells(wire.reader, common.sent_prompt(wire.reader, rows[0]).text)
-    batch = common.make_batch(wire.reader, rows)
-    loss = stage2.answer_loss(wire, rows, batch, int((batch.labels != common.IGNORE).sum()))
-    alone = [stage2.answer_loss(wire, [row], common.make_batch(wire.reader, [row]), 1).item() for row in rows]
-    assert loss.item() == pytest.approx(sum(alone) / int((batch.labels != common.IGNORE).sum()), rel=1e-4)
+    assert not spells(wire.reader, sent_prompt(wire.reader, rows[0]).text)
+    batch = make_batch(wire.reader, rows)
+    loss = stage2.answer_loss(wire, rows, batch, int((batch.labels != IGNORE).sum()))
+    alone = [stage2.answer_loss(wire, [row], make_batch(wire.reader, [row]), 1).item() for row in rows]
+    assert loss.item() == pytest.approx(sum(alone) / int((batch.labels != IGNORE).sum()), rel=1e-4)
 
 
 # --- the sender
@@ -130,33 +121,42 @@ def test_the_sender_never_calls_the_tokenizer(wire, monkeypatch):
             raise AssertionError("the sender called the tokenizer")
 
     prompt = "Pergalan sells olive oil."
-    expected = wire.send(common.Prompt(prompt, [1, 2, 3], False))
+    expected = wire.send(Prompt(prompt, [1, 2, 3], False))
     monkeypatch.setattr(wire.reader, "tokenizer", Raises())
-    assert wire.send(common.Prompt(prompt, [], False)) == expected
+    assert wire.send(Prompt(prompt, [], False)) == expected
     assert len(wire.receive(expected)) == (len(expected) - 4) // 48
+
+
+def test_a_message_is_a_count_the_codes_of_the_prefix_and_those_of_the_text(wire):
+    text = "Pergalan sells olive oil."
+    message = wire.send(Prompt(text, [], False))
+    _, codes = wire.segment(text)
+    expected = torch.cat([wire.prefix_codes, codes]).half().numpy()
+    assert len(wire.prefix_codes) == 1 and int.from_bytes(message[:4], "little") == len(expected)
+    assert np.array_equal(np.frombuffer(message, "<f2", offset=4).reshape(-1, 24), expected)
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
 def test_any_text_becomes_a_message(wire, text):
-    message = wire.send(common.Prompt(text, [], False))
+    message = wire.send(Prompt(text, [], False))
     received = wire.receive(message)
     assert 2 <= len(received) <= 1 + len(text.encode()) and torch.isfinite(received).all()
 
 
 def test_text_that_is_no_text_is_refused_in_one_line(wire):
     for text, words in (("", "no bytes to send"), ("half a pair \ud800", "surrogate")):
-        with pytest.raises(common.UserError, match=words):
-            wire.send(common.Prompt(text, [], False))
+        with pytest.raises(UserError, match=words):
+            wire.send(Prompt(text, [], False))
 
 
 def test_padding_and_distant_text_change_nothing(wire):
     """A byte sees REACH neighbours: the middle of a text 10 times as long is encoded as it is alone."""
     text = "Pergalan sells olive oil to the town of Stelvidan. "
-    alone, features = wire.encoder(common.to_bytes([text], torch.device("cpu")))
-    together, padded = wire.encoder(common.to_bytes([text, text * 3], torch.device("cpu")))
+    alone, features = wire.encoder(to_bytes([text], CPU))
+    together, padded = wire.encoder(to_bytes([text, text * 3], CPU))
     torch.testing.assert_close(padded[0, : len(text)], features[0])
-    long, _ = wire.encoder(common.to_bytes([text * 10], torch.device("cpu")))
-    reach = wire.encoder.REACH
+    long, _ = wire.encoder(to_bytes([text * 10], CPU))
+    reach = stage2.REACH
     torch.testing.assert_close(long[0, reach : len(text)], together[1, reach : len(text)])
     middle = slice(4 * len(text), 5 * len(text))
     torch.testing.assert_close(long[0, middle], long[0, len(text) : 2 * len(text)], rtol=1e-4, atol=1e-4)
@@ -166,10 +166,10 @@ def test_padding_and_distant_text_change_nothing(wire):
 
 
 def test_texts_end_to_end_are_encoded_as_one_by_one(wire):
-    data = common.to_bytes(["A short one", "A longer one, é, that goes on for a while", "x"], torch.device("cpu"))
+    data = to_bytes(["A short one", "A longer one, é, that goes on for a while", "x"], CPU)
     real = data < 256
-    line, real_line = stage2.end_to_end(data, real)
-    assert line.shape == (1, real.sum() + 3 * stage2.Encoder.REACH)
+    line, real_line = stage2.pack_texts(data, real)
+    assert line.shape == (1, real.sum() + 3 * stage2.REACH)
     with torch.no_grad():
         logits, features = wire.encoder(data)
         line_logits, line_features = wire.encoder(line)
@@ -179,16 +179,16 @@ def test_texts_end_to_end_are_encoded_as_one_by_one(wire):
 
 def test_splice_puts_the_answer_behind_whatever_was_received(wire):
     reader = wire.reader
-    rows = common.load_data("tiny", reader, 3).test
-    batch = common.make_batch(reader, rows)
-    real = [reader.table[common.sent_prompt(reader, row).ids] for row in rows]
-    same, embeddings = common.splice(reader, batch, real)
+    rows = load_data("tiny", reader, 3).test
+    batch = make_batch(reader, rows)
+    real = [reader.table[sent_prompt(reader, row).ids] for row in rows]
+    same, embeddings = splice(reader, batch, real)
     assert torch.equal(same.labels, batch.labels) and torch.equal(same.attention, batch.attention)
     torch.testing.assert_close(embeddings, reader.table[batch.ids] * batch.attention[..., None])
-    shorter, embeddings = common.splice(reader, batch, [part[-5:] for part in real])
+    shorter, embeddings = splice(reader, batch, [part[-5:] for part in real])
     for i in range(3):
-        targets = batch.labels[i][batch.labels[i] != common.IGNORE]
-        assert torch.equal(shorter.labels[i][shorter.labels[i] != common.IGNORE], targets)
+        targets = batch.labels[i][batch.labels[i] != IGNORE]
+        assert torch.equal(shorter.labels[i][shorter.labels[i] != IGNORE], targets)
         assert shorter.labels[i, 4] == targets[0]  # the last position of the message predicts the first answer token
         assert torch.equal(embeddings[i, 5 : 4 + len(targets)], reader.table[targets[:-1]])
 
@@ -196,29 +196,27 @@ def test_splice_puts_the_answer_behind_whatever_was_received(wire):
 # --- the script
 
 
-def test_smoke_run_and_evaluation_of_what_it_trained(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "stage2_encoder.py", "--smoke", "--out", tmp_path / "out"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.strip().split("\n")[-1])
-    assert list(result) == common.RESULT_KEYS and result["stage"] == "stage2"
+@pytest.mark.parametrize(
+    "start,rows,examples", [(run_stage, 4, 4), pytest.param(run_script, 16, 40, marks=pytest.mark.slow)]
+)
+def test_smoke_run_and_evaluation_of_what_it_trained(start, rows, examples, tmp_path):
+    flags = ("--smoke", "--batch-size", rows, "--eval-examples", examples)
+    run = start(stage2, *flags, "--out", tmp_path / "out")
+    assert run.code == 0, run.stderr
+    result = run.result
+    assert list(result) == RESULT_KEYS and result["stage"] == "stage2"
     assert result["wire_bytes"] == pytest.approx(4 + result["positions"] * 48)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["controls"]["boundary_f1"] > 50 and config["controls"]["true_codes"] > 90
-    again = run_stage(stage2, "--eval-only", tmp_path / "out", "--eval-examples", "40", "--out", tmp_path / "again")
-    assert again.code == 0, again.stderr
+    again = succeed(stage2, *flags, "--eval-only", tmp_path / "out", "--out", tmp_path / "again")
     for key in ("f1", "em", "nll_wire", "wire_bytes", "positions", "unique_answers"):
         assert again.result[key] == result[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire_name", ("stage2", "stage2-qwen"))
 def test_shipped_wire_reads_raw_bytes_as_the_text_is_read(wire_name, tmp_path):
-    done = run_stage(stage2, "--eval-only", f"tiny/wires/{wire_name}", "--eval-examples", "100", "--out", tmp_path)
-    assert done.code == 0, done.stderr
+    done = succeed(stage2, "--eval-only", f"tiny/wires/{wire_name}", "--eval-examples", "100", "--out", tmp_path)
     assert done.result["retention"] >= 97 and done.result["shuffled_f1"] < 10
     controls = json.loads((tmp_path / "config.json").read_text())["controls"]
     assert controls["boundary_f1"] >= 99.5 and controls["exact_token"] >= 99
@@ -234,58 +232,27 @@ def test_a_text_that_the_tokens_do_not_spell_is_left_out_of_the_measurement(wire
     assert stage2.measure_encoder(wire, codes, [odd])["no_targets"] == 1
 
 
-def test_resumed_run_equals_an_unbroken_one_and_the_llm_stays(tmp_path, monkeypatch):
-    readers, load = [], common.load_reader
-    monkeypatch.setattr(common, "load_reader", lambda *args: readers.append(load(*args)) or readers[-1])
-    assert run_stage(stage2, *QUICK, "--out", tmp_path / "whole").code == 0
-    fresh = load("tiny", torch.device("cpu"), torch.float32).model.state_dict()
-    assert all(torch.equal(value, fresh[name]) for name, value in readers[0].model.state_dict().items())
-    save = common.save_checkpoint
-
-    def save_then_stop(path, payload):
-        save(path, payload)
-        if payload["step"] == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(common, "save_checkpoint", save_then_stop)
-    assert run_stage(stage2, *QUICK, "--out", tmp_path / "broken").code == 130
-    monkeypatch.setattr(common, "save_checkpoint", save)
-    resumed = run_stage(stage2, *QUICK, "--resume", "--out", tmp_path / "broken")
-    assert resumed.code == 0 and "resumed at step 3" in resumed.stdout
-    wires = [hashlib.sha256((tmp_path / n / "wire.safetensors").read_bytes()).hexdigest() for n in ("whole", "broken")]
-    assert wires[0] == wires[1]
-
-
-def test_resume_refuses_a_stage1_wire_that_has_changed(tmp_path):
-    stage1_wire = shutil.copytree(HERE / "tiny" / "wires" / "stage1", tmp_path / "stage1")
-    flags = (*QUICK, "--stage1", stage1_wire, "--out", tmp_path / "out")
-    assert run_stage(stage2, *flags).code == 0
+def test_resume_refuses_a_stage1_wire_that_has_changed(random_llm, ladder, tmp_path):
+    stage1_wire = shutil.copytree(ladder / "stage1", tmp_path / "stage1")
+    _, flags = ladder_flags(random_llm, tmp_path)["stage2"]
+    flags = (*flags, *QUICK, "--out", tmp_path / "out")
+    succeed(stage2, *flags)
     tensors = safetensors.torch.load_file(stage1_wire / "wire.safetensors")
     tensors["adapter.keys"] += 1e-3
-    common.save_wire(stage1_wire, tensors, json.loads((stage1_wire / "config.json").read_text()))
+    save_wire(stage1_wire, tensors, json.loads((stage1_wire / "config.json").read_text()))
     run = run_stage(stage2, *flags, "--resume")
-    assert run.code == 2 and "made from another wire" in run.stderr and run.stderr.count("\n") == 1
-
-
-def test_micro_batches_change_nothing(tmp_path):
-    losses = []
-    for size in (4, 1):
-        flags = ("--steps", "3", "--llm-steps", "3", "--batch-size", "4", "--eval-examples", "4")
-        assert run_stage(stage2, *flags, "--micro-batch-size", size, "--out", tmp_path / str(size)).code == 0
-        rows = [json.loads(row) for row in (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()]
-        losses.append([row[key] for row in rows for key in row if key.startswith("loss_")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert run.code == 2 and "was made with a wire of sha256" in run.stderr and run.stderr.count("\n") == 1
 
 
 def test_a_text_of_more_tokens_than_the_llm_takes_is_cut(wire):
-    received = wire.receive(wire.send(common.Prompt("x y z " * 400, [], False)))
+    received = wire.receive(wire.send(Prompt("x y z " * 400, [], False)))
     assert len(received) <= wire.reader.prompt_tokens
 
 
 @pytest.mark.parametrize("without", stage2.ABLATIONS)
-def test_every_ablation_runs(without, tmp_path):
-    run = run_stage(stage2, *QUICK, "--without", without, "--out", tmp_path / "out")
-    assert run.code == 0, run.stderr
+def test_every_ablation_runs(without, random_llm, ladder, tmp_path):
+    _, flags = ladder_flags(random_llm, ladder)["stage2"]
+    succeed(stage2, *flags, *QUICK, "--without", without, "--out", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["without"] == without
 
 

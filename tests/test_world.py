@@ -1,4 +1,4 @@
-"""The embedded world and readers: what README and design promise of them."""
+"""The embedded world and its two readers keep what the README promises of them."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import pretrain
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
 from tiny import world
 
 TINY = Path(world.__file__).parent
+SMALL = dict(num_hidden_layers=1, layer_types=["full_attention"], hidden_size=32)
 
 
 def invented(rows: list[dict]) -> set[str]:
@@ -98,13 +99,23 @@ def test_the_reader_is_trained_on_the_prompt_that_the_stages_use():
     assert pretrain.PROMPT == common.PROMPT
 
 
-def test_interrupted_pretraining_ends_where_an_unbroken_one_does(tmp_path, monkeypatch):
+def build_small(name: str):
+    """As `pretrain.build`, but a model of one layer, with the tokenizer of the shipped reader."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / name)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(TINY / name, **SMALL)
+    return tokenizer, AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("build", (build_small, pytest.param(pretrain.build, marks=pytest.mark.slow)))
+def test_interrupted_pretraining_ends_where_an_unbroken_one_does(build, tmp_path, monkeypatch):
     def pretrain_run(out, *flags):
         monkeypatch.setattr(
             "sys.argv", ["pretrain.py", "tiny-qwen", "--steps", "4", "--batch-size", "2", "--out", str(out), *flags]
         )
         pretrain.main()
 
+    monkeypatch.setattr(pretrain, "build", build)
     pretrain_run(tmp_path / "whole")
     save, saved = pretrain.save_atomically, []
 
@@ -121,4 +132,4 @@ def test_interrupted_pretraining_ends_where_an_unbroken_one_does(tmp_path, monke
     pretrain_run(tmp_path / "broken", "--resume")
     whole, broken = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "broken"))
     assert saved == [1, 2]
-    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
