@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from plumbing.launch import UserError
 from plumbing.processes import rank
 
-
 CHECKPOINT = "checkpoint.safetensors"  # in a run's directory
 
 
