@@ -24,8 +24,8 @@ is saved: names cost most of the bytes, and questions ask for names).
 
     python stage3_full.py                                                   # both readers; README has the scores
     python stage3_full.py --eval-only tiny/wires/stage3 --model tiny-qwen   # the shipped wire, one receiver
-    python stage3_full.py --send "Ada lives in Paris." --wire-carries context > message
-    python stage3_full.py --receive message --model tiny-qwen --question "Where does Ada live?"
+    python stage3_full.py --send "Pergalan sells olive oil." --wire-carries context > message
+    python stage3_full.py --receive message --model tiny-qwen --question "What does Pergalan sell?"
 
 Letters: N bytes of a text, M latents of a message, V of the sender's codebook, n positions in a batch, L tokens of a
 prompt, d LLM embedding width, k code width.

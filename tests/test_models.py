@@ -145,11 +145,11 @@ def test_more_families_read_and_answer_from_embeddings(name, tmp_path):
 
 
 @pytest.mark.parametrize("llm", families(ARCHITECTURES, FAST_THROUGH_THE_STAGES), indirect=True)
-def test_the_stages_run(llm, tmp_path):
+def test_the_stages_run(llm, tmp_path, no_picture):
     run_the_stages(llm, tmp_path)
 
 
-def test_the_stages_run_on_a_chat_model(random_llm, tmp_path):
+def test_the_stages_run_on_a_chat_model(random_llm, tmp_path, no_picture):
     llm = shutil.copytree(random_llm, tmp_path / "chat")
     (llm / "chat_template.jinja").write_text(TEMPLATE)
     said = run_the_stages(llm, tmp_path)
