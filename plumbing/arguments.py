@@ -95,8 +95,6 @@ def finish_arguments(parser: Parser) -> argparse.Namespace:
         parser.error(f"--out {args.out} is the wire under evaluation and would be overwritten: give another directory")
     if args.resume and args.eval_only:
         parser.error("--resume continues a training run and --eval-only has none: drop one of them")
-    if args.resume and not (Path(args.out) / CHECKPOINT).exists():
-        parser.error(f"--resume: {Path(args.out) / CHECKPOINT} does not exist; start without --resume")
     return args
 
 
@@ -104,8 +102,10 @@ def merge_with_saved(args: argparse.Namespace, defaults: dict, saved: SavedWire 
     """Fill in the flags of `defaults` that were not given: from a trained wire if there is one, else the defaults.
 
     A wire was trained for one model, code width and adapter: UserError if a flag asks for another. --data may differ.
-    With --eval-only the seed is the wire's, too.
+    With --eval-only the seed is the wire's, too. UserError also if --resume has nothing to go on from.
     """
+    if args.resume and not (Path(args.out) / CHECKPOINT).exists():
+        raise UserError(f"--resume: {Path(args.out) / CHECKPOINT} does not exist; start without --resume")
     for key, default in defaults.items():
         given = getattr(args, key)
         if saved is None:

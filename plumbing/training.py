@@ -93,6 +93,8 @@ class Run:
                 self.log()
                 if self.checkpoint_is_due():
                     self.save()
+            if self.signal is not None:  # it came while the last samples were shown
+                self.save()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -279,6 +279,14 @@ def test_an_interrupted_and_resumed_run_ends_where_an_unbroken_one_does(end, at,
     assert whole.history[1]["lr"] == pytest.approx(0.1 * 51 / 60) and whole.history[1]["bias"] != 0
 
 
+def test_a_signal_after_the_last_step_ends_the_run(tmp_path):
+    run = start(tmp_path)
+    run.show = lambda: signal.raise_signal(signal.SIGTERM) if run.state["step"] == run.total else None
+    with pytest.raises(SystemExit) as caught:
+        train(run)
+    assert caught.value.code == 143 and start(tmp_path, resume=True).state["step"] == run.total
+
+
 @pytest.mark.parametrize("first", (signal.SIGINT, signal.SIGTERM))
 def test_a_second_ctrl_c_stops_at_once(first, tmp_path):
     def interrupt(step: int) -> None:
