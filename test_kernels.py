@@ -369,6 +369,12 @@ def test_gradients_of_codes_weight_and_bias(device, rows, d, k, dtype):
                 assert_as_good_as_torch(our, ref, torch_grad)
 
 
+@pytest.mark.parametrize("device", FORMS[:2], indirect=True)
+def test_gradients_over_several_blocks(device):
+    """The backward kernels take two blocks of rows, and two of codes: a fault in the second one must show."""
+    test_gradients_of_codes_weight_and_bias(device, 70, 600, 140, torch.float32)
+
+
 def test_gradients_through_ids_and_expanded_gradients(device):
     table, weight, bias, _ = inputs(50, 200, 24, torch.float32, device)
     ids = torch.tensor([3, 3, 0, 49], device=device)
