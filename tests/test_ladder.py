@@ -129,7 +129,9 @@ def test_the_same_seed_gives_the_same_wire_and_the_llm_stays(case, tmp_path, mon
         return reader
 
     monkeypatch.setattr(case.home, "load_reader", load_and_look)
+    torch.use_deterministic_algorithms(False)  # as in a new process
     again = case.run("--out", tmp_path)
+    assert torch.are_deterministic_algorithms_enabled()  # no atomic adds: two threads would sum in any order
     assert without_times(again.result) == without_times(result_in(case.stdout))
     assert (tmp_path / "wire.safetensors").read_bytes() == (case.out / "wire.safetensors").read_bytes()
     assert history(tmp_path) == history(case.out)
@@ -196,6 +198,28 @@ def test_micro_batches_change_nothing(case, tmp_path, no_picture):
         # the bias of an attention's keys changes nothing: its gradient is rounding, which Adam follows
         atol = 1e-3 if name.endswith("in_proj_bias") else 1e-4
         torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@trained("stage1-mlp", "stage1-linear")
+def test_gradients_are_clipped_after_they_are_summed_over_the_processes(case, tmp_path, monkeypatch):
+    norms = []
+
+    def sum_with_large_ones(parameters, values):
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= 1e9
+        return values
+
+    def accepts(run, norm):
+        clipped = [p.grad for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append((norm.item(), torch.cat([gradient.flatten() for gradient in clipped]).norm().item()))
+        raise KeyboardInterrupt  # the rest of the run is not of interest
+
+    monkeypatch.setattr(plumbing.training, "sum_over_processes", sum_with_large_ones)
+    monkeypatch.setattr(plumbing.training.Run, "accepts", accepts)
+    case.run("--out", tmp_path, code=130)
+    ((before, after),) = norms
+    assert before > 1000 and after == pytest.approx(1, rel=1e-3)
 
 
 # --- the order of the modules
