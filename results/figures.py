@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-BLUE, RED = "#4c72b0", "#c44e52"
+BLUE, RED, GREEN = "#4c72b0", "#c44e52", "#2a8a57"
 
 
 def stage1(path: Path, rows: dict[str, list[dict]]) -> None:
@@ -29,35 +29,43 @@ def stage1(path: Path, rows: dict[str, list[dict]]) -> None:
 
 
 def frontier(path: Path, points: dict[str, list[dict]], direct: dict[str, list[dict]], texts: dict[str, dict]) -> None:
-    """Retention against bytes, and against positions.
+    """Retention against bytes, and against positions: one colour a stage, one marker a reader.
 
     points: of each stage, the rows of both readers; direct: of each reader, the runs of its direct receiver; texts: of
     each reader, a run with the baselines.
     """
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharey=True)
-    markers = {"stage 0": "x", "stage 2": "s", "stage 1": "^", "stage 3, prompt": "o", "stage 3, context": "D"}
-    for (model, run), color in zip(texts.items(), (BLUE, RED), strict=True):
-        for label, rows in points.items():
-            for row in (row for row in rows if row["model"] == model):
-                for axis, key in zip(axes, ("wire_bytes", "positions"), strict=True):
-                    axis.plot(row[key], row["retention"], markers[label], color=color, label=f"{label}: {model}")
+    stages = dict(zip(points, zip((RED, "#e69f00", BLUE, GREEN), (9, 5, 10, 15), strict=True), strict=True))
+    names = {model: plt.Line2D([], [], color="black", marker=m, ls="") for model, m in zip(texts, "os", strict=True)}
+    for model, run in texts.items():
+        marker, whole = names[model].get_marker(), {"f1": run["text_f1"]}
+        whole |= {"bytes": run["text_bytes"], "positions": run["text_positions"]}
+        for axis, key, cut_key in zip(axes, ("wire_bytes", "positions"), ("bytes", "positions"), strict=True):
+            cuts = [(cut[cut_key], 100 * cut["f1"] / run["text_f1"]) for cut in (*run["truncated"], whole)]
+            axis.plot(*zip(*cuts, strict=True), ":", marker=marker, markersize=2, color="black", linewidth=1)
+            for stage, (color, size) in stages.items():  # rings of their own size, where stages lie on one point
+                found = [(row[key], row["retention"]) for row in points[stage] if row["model"] == model]
+                style = dict(markersize=size, color=color, markerfacecolor="none", markeredgewidth=2)
+                axis.plot(*zip(*found, strict=True), marker, **style)
         xs, ys = ([row[key] for row in direct[model]] for key in ("positions", "retention"))
-        axes[1].plot(xs, ys, "-", marker="*", markersize=9, color=color, label=f"stage 3, direct: {model}")
-        whole = {"bytes": run["text_bytes"], "positions": run["text_positions"], "f1": run["text_f1"]}
-        cuts = [*run["truncated"], whole]
-        for axis, key in zip(axes, ("bytes", "positions"), strict=True):
-            xs, ys = [cut[key] for cut in cuts], [100 * cut["f1"] / run["text_f1"] for cut in cuts]
-            axis.plot(xs, ys, ":", marker=".", color=color, label=f"truncated text: {model}")
-        sizes = {f"packed ids: {model}": "packed_token_bytes", f"own prediction: {model}": "llm_bound_bytes"}
-        if color == BLUE:  # the same for both readers
-            sizes = {"zlib -9": "zlib_bytes", "zlib, dictionary": "zlib_dictionary_bytes"} | sizes
-        for label, key in sizes.items():
-            axes[0].axvline(run[key], color=color if model in label else "#bbbbbb", linewidth=0.8, linestyle="--")
-            axes[0].text(run[key], 3, label, rotation=90, fontsize=7, ha="right")
-    axes[0].set(xscale="log", xlabel="bytes on the wire for one prompt or context", ylabel="retention, %")
+        axes[1].plot(xs, ys, "-", marker=marker, markersize=6, color=GREEN)
+    rivals = {"the LLM's own prediction": ("llm_bound_bytes", -1, 4), "text": ("text_bytes", 1, 4)}
+    rivals |= {"zlib, dictionary": ("zlib_dictionary_bytes", -1, 45), "zlib -9": ("zlib_bytes", 1, 4)}
+    rivals["packed ids"] = ("packed_token_bytes", 1, 45)
+    for label, (key, side, height) in rivals.items():  # a band from one reader to the other
+        ends = sorted(run[key] for run in texts.values())
+        axes[0].axvspan(*ends, color="#bbbbbb", zorder=0)
+        place = dict(xytext=(3 * side, 0), textcoords="offset points", ha="left" if side > 0 else "right")
+        axes[0].annotate(label, (ends[side > 0], height), rotation=90, color="#555555", **place)
+    axes[0].set(xscale="log", xlabel="bytes on the wire for one prompt", ylabel="retention, %")
+    axes[0].xaxis.set_major_formatter("{x:,.0f}")
     axes[1].set(xlabel="positions that the LLM reads")
-    entries = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
+    figure.suptitle("better: higher, and further to the left")
+    entries = {stage: plt.Line2D([], [], color=color, linewidth=6) for stage, (color, _) in stages.items()}
+    entries["stage 3, direct"] = plt.Line2D([], [], color=GREEN)
+    entries |= {"truncated text": plt.Line2D([], [], color="black", linestyle=":")}
+    entries |= {f"reader {model}": line for model, line in names.items()}
+    axes[1].legend(entries.values(), entries.keys(), loc="lower right")
     figure.savefig(path, dpi=110)
 
 

@@ -494,8 +494,8 @@ def draw() -> None:
 
     groups = grouped(CONSTANT_RMS, "model", "code_dim", "adapter")
     figures.stage1(HERE / "stage1.png", {model: [row for row in groups if row["model"] == model] for model in MODELS})
-    points = {"stage 0": readers(STAGE0), "stage 2": readers(STAGE2), "stage 1": adapter_rows("codebook")}
-    points |= {f"stage 3, {carries}": message_rows(carries) for carries in ("prompt", "context")}
+    points = {"stage 0: all at once": readers(STAGE0), "stage 1: the adapter": adapter_rows("codebook")}
+    points |= {"stage 2: + the encoder": readers(STAGE2), "stage 3: + the message": message_rows("prompt")}
     texts = {run["model"]: run for run in in_order(named(READINGS, "seed0"), "model")}
     direct = {model: [run for run in direct_runs() if run["model"] == model] for model in MODELS}
     figures.frontier(HERE / "frontier.png", points, direct, texts)

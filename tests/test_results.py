@@ -1,5 +1,6 @@
 """README.md and results/README.md say what the committed measurements say."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -45,6 +46,23 @@ def test_a_changed_number_and_a_missing_marker_are_named_in_one_line(tmp_path, f
     done = check(tmp_path)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {file} must have the marker <!-- {block} -->")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_labels_of_the_frontier_lie_on_no_other(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "results")
+    import figures
+    import make
+
+    for name in ("stage1", "roofline"):
+        monkeypatch.setattr(figures, name, lambda *_: None)
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    make.draw()
+    figure = figures.plt.gcf()
+    boxes = {text.get_text(): text.get_window_extent() for text in figure.axes[0].texts}
+    figures.plt.close(figure)
+    assert {"zlib -9", "zlib, dictionary", "packed ids", "text"} < set(boxes)
+    for (name, box), (other, other_box) in itertools.combinations(boxes.items(), 2):
+        assert not box.overlaps(other_box), (name, other)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
