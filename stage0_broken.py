@@ -194,6 +194,7 @@ def diagnose(
     fakes = torch.cat([wire.receive(message)[len(wire.prefix) :] for message in messages])  # [200*M, d]
     answers = Counter(record["wire"] for record in records)
     (commonest, times), *_ = answers.most_common(1)
+    history = [row for row in history if row["step"] == 1 or row["step"] % 10 == 0]  # so results/ were measured
     first, recent = history[:2], history[-10:]
     return {
         "gradient_encoder": mean_of(recent, "gradient_encoder"),

@@ -145,14 +145,13 @@ class Run:
         self.state["norms"] = []
 
     def log(self) -> None:
-        """A row of metrics.jsonl every 10 steps; a line on stdout 20 times a run, and after 30 seconds of silence."""
+        """A row of metrics.jsonl at every step; a line on stdout 20 times a run, and after 30 seconds of silence."""
         step, last = self.state["step"], self.state["step"] in (1, self.total)
-        if step % 10 == 0 or last:
-            lr, losses = self.optimizer.param_groups[0]["lr"], {f"loss_{n}": v for n, v in self.losses.items()}
-            self.history.append(rounded({"step": step, "lr": lr} | losses | self.notes))
-            if not rank():
-                with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(self.history[-1] | {"seconds": round(self.seconds, 1)}) + "\n")
+        lr, losses = self.optimizer.param_groups[0]["lr"], {f"loss_{n}": v for n, v in self.losses.items()}
+        self.history.append(rounded({"step": step, "lr": lr} | losses | self.notes))
+        if not rank():
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(self.history[-1] | {"seconds": round(self.seconds, 1)}) + "\n")
         if step % max(1, self.total // 20) == 0 or last or time.monotonic() - self.shown_at > 30:
             self.shown_at = time.monotonic()
             shown = "  ".join(f"{name} {value:.4g}" for name, value in self.losses.items() if value)

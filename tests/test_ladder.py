@@ -94,7 +94,7 @@ def test_a_run_leaves_its_files_and_ends_with_the_json_line(case):
     assert list(result) == RESULT_KEYS
     assert (result["stage"], result["seed"], result["steps"], result["examples"]) == (case.module.STAGE, 0, 4, 8)
     assert {key: json.loads((case.out / "config.json").read_text())["metrics"][key] for key in RESULT_KEYS} == result
-    assert [row["step"] for row in history(case.out)] == [1, 4]
+    assert [row["step"] for row in history(case.out)] == [1, 2, 3, 4]
     assert (case.out / "samples.md").read_text(encoding="utf-8").count("\n| ") == 1 + 8  # a heading and the test rows
     assert (case.out / "report.png").read_bytes().startswith(b"\x89PNG")
 

@@ -27,6 +27,9 @@ def test_a_smoke_run_prints_every_diagnosis(start, rows, examples, tmp_path):
     assert list(result) == RESULT_KEYS and result["positions"] == 33 and result["wire_bytes"] == 16384
     controls = json.loads((tmp_path / "out" / "config.json").read_text())["controls"]
     assert all(value is not None for value in controls.values())
+    steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    first = (steps[0]["gradient_encoder"] + steps[9]["gradient_encoder"]) / 2  # of every tenth step
+    assert controls["first_gradient_encoder"] == pytest.approx(first, rel=1e-4)
     again = succeed(stage0, *flags, "--eval-only", tmp_path / "out", "--out", tmp_path / "again")
     assert again.result["f1"] == result["f1"] and again.result["nll_wire"] == result["nll_wire"]
 
