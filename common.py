@@ -543,7 +543,7 @@ def received_cosines(wire: Wire, message: bytes, ids: list[int]) -> tuple[int, l
 
 @torch.inference_mode()
 def evaluate(wire: Wire, data: Data, batch_size: int) -> tuple[dict, list[dict]]:
-    """(metrics named as in the JSON line, one record per test row for samples.md).
+    """(metrics named as in the JSON line, one record per test row for samples.md; of plain text, 20 windows).
 
     Every prompt really becomes a message of bytes and is rebuilt from those bytes alone: wire_bytes is their length.
     """
@@ -568,7 +568,8 @@ def evaluate(wire: Wire, data: Data, batch_size: int) -> tuple[dict, list[dict]]
     metrics["nll_text"] = mean_nll(reader, rows, batch_size)
     metrics["nll_wire"] = mean_nll(reader, rows, batch_size, wire)
     if data.kind == "text":
-        return metrics, [{"question": text, "answers": [], "text": "", "wire": ""} for text in texts]
+        nlls = [(mean_nll(reader, [row], 1), mean_nll(reader, [row], 1, wire)) for row in rows[:20]]
+        return metrics, [{"window": text, "text": a, "wire": b} for text, (a, b) in zip(texts, nlls, strict=False)]
 
     print("  answers through the wire", flush=True)
     answers = generate(reader, messages, batch_size, wire.receive)

@@ -376,7 +376,9 @@ def main() -> None:
     tensors = {"mean": pca.mean, "components": pca.components, "target_rms": wire.constant_rms}
     tensors |= module_tensors(modules)
     title = f"stage 1: {args.adapter}, {d} -> {k} numbers a token"
-    finish(run, reader, saved, title, metrics, controls, config, rows, records, tensors)
+    bars = {"before training": controls["untrained"], "PCA inverse": controls["pca_inverse"]}
+    bars["identity"] = controls["identity"]
+    finish(run, reader, saved, title, metrics, controls, config, rows, records, tensors, bars=bars)
 
 
 if __name__ == "__main__":

@@ -459,7 +459,8 @@ def main() -> None:
     tensors = {"mean": mean, "components": components, "target_rms": rms, "prefix_codes": prefix_codes}
     tensors |= module_tensors(modules)
     title = f"stage 2: bytes -> {k} numbers a token"
-    finish(run, reader, saved, title, metrics, controls, config, rows, records, tensors)
+    bars = {"true codes": controls["true_codes"]}
+    finish(run, reader, saved, title, metrics, controls, config, rows, records, tensors, bars=bars)
 
 
 if __name__ == "__main__":

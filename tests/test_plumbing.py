@@ -17,6 +17,7 @@ import common
 from plumbing import checkpoints, data
 from plumbing.data import Data, fetch_squad, load_data
 from plumbing.launch import UserError
+from plumbing.report import RESULT_KEYS, draw_report, score_rows
 from plumbing.training import MAY_CHANGE, Run, identity
 from plumbing.wires import load_wire
 from tiny import world
@@ -454,3 +455,30 @@ def test_checkpoints_are_written_at_every_quarter_and_by_the_clock(seconds, expe
     run.show = lambda: found.append(checkpoints.read_checkpoint(run.path)[1]["step"])  # what --resume would read
     train(run)
     assert found == expected
+
+
+# --- report.png
+
+
+@pytest.mark.parametrize("kind,positions", (("qa", 9), ("qa", 8), ("text", 9)))
+def test_the_picture_shows_every_loss_and_the_controls_that_matter(kind, positions, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    metrics = dict.fromkeys(RESULT_KEYS) | dict(nll_text=1.0, nll_wire=2.0, text_positions=9, positions=positions)
+    metrics |= dict(text_bytes=9, zlib_bytes=8, packed_token_bytes=7, wire_bytes=6)
+    if kind == "qa":
+        metrics |= dict.fromkeys(("text_f1", "f1", "no_context_f1", "truncated_f1"), 50.0)  # and nothing to shuffle
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    history = [{"step": step, "lr": 1.0, "loss_ce": 1.0 + step % 2, "loss_kd": 0.0} for step in range(1, 41)]
+    _, bars, unit = score_rows(metrics, {"before training": 3.0})
+    draw_report(tmp_path / "report.png", history, "a run", bars, unit, metrics)
+    figure = plt.gcf()
+    monkeypatch.undo()
+    plt.close(figure)
+    curves, scores, _ = figure.axes
+    mean, raw = (line.get_ydata() for line in curves.lines)  # a loss that is 0 throughout is not drawn
+    assert list(raw) == [row["loss_ce"] for row in history] and mean[5:-5] == pytest.approx(1.5, abs=0.11)
+    expected = ["text", "wire", "before training"] + ["no context"] * (kind == "qa") + ["truncated"] * (positions < 9)
+    assert [label.get_text() for label in scores.get_yticklabels()] == expected
+    assert ("NLL" in scores.get_title()) == ("NLL" in scores.get_xlabel()) == (kind == "text")
+    assert ("answers" in scores.get_title()) == (kind == "qa") and figure.get_suptitle() == "a run"

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -41,6 +42,17 @@ def test_smoke_run_ends_with_a_table_and_the_contract_json(model, tmp_path):
     assert config["controls"]["pca_inverse"] < result["f1"]
     samples = (tmp_path / "out" / "samples.md").read_text()
     assert samples.count("\n|") >= 20
+
+
+def test_the_picture_has_every_control(random_llm, tmp_path, monkeypatch):
+    picture = Mock()
+    monkeypatch.setattr(plumbing.report, "draw_report", picture)
+    succeed(stage1, *QUICK, "--model", random_llm, "--code-dim", "8", "--out", tmp_path)
+    _, history, _, bars, _, _ = picture.call_args.args
+    names = {"before training": "untrained", "PCA inverse": "pca_inverse", "identity": "identity"}
+    assert list(bars) == ["text", "wire", *names, "no context", "shuffled"] and len(history) == 4
+    controls = json.loads((tmp_path / "config.json").read_text())["controls"]
+    assert all(bars[name] == pytest.approx(controls[key], rel=1e-5) for name, key in names.items())
 
 
 @pytest.mark.slow
@@ -172,6 +184,14 @@ def test_real_pretrained_weights_on_text(tmp_path):
     assert result["f1"] is None and result["retention"] is None
     assert 1.5 < result["nll_text"] < 2.5 and result["nll_text"] < result["nll_wire"] < 4
     assert result["positions"] == result["text_positions"] > 100
+    lines = (tmp_path / "out" / "samples.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines[4:]]
+    assert lines[2] == "| a window begins | NLL from text | NLL through the wire |" and 0 < len(rows) <= 20
+    assert all(window.replace(" ", "") in "".join(text.split()) for window, _, _ in rows)
+    from_text, through = ([float(row[at]) for row in rows] for at in (1, 2))
+    for nlls, key in ((from_text, "nll_text"), (through, "nll_wire")):  # the last window has few tokens
+        assert statistics.median(nlls) == pytest.approx(result[key], abs=0.05)
+    assert sum(from_text) < sum(through)
 
 
 def test_a_model_that_cannot_answer_is_said_to(tmp_path):
