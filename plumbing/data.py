@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import urllib.request
@@ -39,6 +40,20 @@ SQUAD = {
 }
 
 
+def everyday(count: int) -> list[dict]:
+    """The first rows of everyday.jsonl, which was written by hand; no reader was trained on it."""
+    return [row for _, row in itertools.islice(read_jsonl(EVERYDAY), count)]
+
+
+# what differs is the test set: (number of rows) -> rows
+EVERYDAY = Path(world.__file__).with_name("everyday.jsonl")
+TINY = {
+    "tiny": functools.partial(world.make_examples, "test"),
+    "tiny-unseen": functools.partial(world.make_examples, "test", unseen=True),
+    "tiny-everyday": everyday,
+} | {f"tiny-{style}": functools.partial(world.make_examples, "test", style=style) for style in world.STYLES}
+
+
 @dataclass
 class Data:
     """Questions about passages (kind "qa") or windows of plain text (kind "text"). No passage is in two splits."""
@@ -70,18 +85,21 @@ def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
 def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
     """`tiny`, `squad` (downloaded once, checked) or a FILE: SQuAD v1.1 JSON, JSONL rows, or .txt.
 
-    A single file is split by a hash of the passage (90% train, 10% test), so no passage is in both. A text is cut into
+    `tiny-unseen` and the others of TINY differ from `tiny` in their test rows alone. A single file is split by a hash of the passage (90% train, 10% test), so no passage is in both. A text is cut into
     windows, and the last fifth of them is the test set. At most `eval_examples` test rows, chosen by a fixed shuffle.
     Raises UserError with file and line.
     """
-    if name == "tiny":
-        return Data("qa", None, world.make_examples("validation", 100), world.make_examples("test", eval_examples))
+    if name in TINY:
+        return Data("qa", None, world.make_examples("validation", 100), TINY[name](eval_examples))
     if name == "squad":
         train, test = (read_squad(path) for path in fetch_squad())
         return squad_data(train, test, eval_examples)
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"--data {name}: no such file; give tiny, squad, or a .json, .jsonl or .txt file")
+        raise UserError(
+            f"--data {name}: no such file; give tiny, squad, or a .json, .jsonl or .txt file "
+            f"(also: {', '.join(list(TINY)[1:])})"
+        )
     if path.stat().st_size == 0:
         raise UserError(f"--data {name}: the file is empty")
     if path.suffix == ".jsonl":
