@@ -19,10 +19,10 @@ HERE = Path(__file__).resolve().parent
 BLOCKS = {
     HERE.parent / "README.md": "ladder stage0-number stage1-number stage2-number stage3-number minutes",
     HERE / "README.md": (
-        "stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity stage1-adapters "
-        "stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights stage3-message "
-        "stage3-direct stage3-direct-ablations stage3-ablations stage3-harder kernels-operator kernels-codebook "
-        "kernels-compiled scale-dry scale-steps"
+        "readers-scores readers-depth stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity "
+        "stage1-adapters stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights "
+        "stage3-message stage3-direct stage3-direct-ablations stage3-ablations stage3-harder kernels-operator "
+        "kernels-codebook kernels-compiled scale-dry scale-steps"
     ),
 }
 MODELS = ("tiny", "tiny-qwen")
@@ -81,7 +81,8 @@ def named(runs: list[dict], *files: str) -> list[dict]:
     return [run for file in files for run in runs if run["file"] == file]
 
 
-STAGE0, STAGE1, STAGE2, STAGE3, KERNELS, SCALE = map(load, ("stage0", "stage1", "stage2", "stage3", "kernels", "scale"))
+FOLDERS = "readers stage0 stage1 stage2 stage3 kernels scale".split()
+READERS, STAGE0, STAGE1, STAGE2, STAGE3, KERNELS, SCALE = map(load, FOLDERS)
 ADAPTERS = [run for run in STAGE1 if run["data"] == "tiny"]
 CONSTANT_RMS = [run for run in ADAPTERS if run["rms"] == "constant" and not run["kd_weight"]]
 READINGS = [flat(run | other) for run in STAGE3 for other in ({}, *run["others"])]  # one for each receiver
@@ -221,6 +222,27 @@ def minutes() -> list[str]:
 # results/README.md: stage by stage
 
 
+def readers_scores() -> list[str]:
+    """F1 from text on every test set: a row for each, a column for each reader."""
+    scores = {run["model"]: run["scores"] for run in in_order(READERS, "model")}
+    rows = [[name, *(scores[model][name] for model in MODELS)] for name in scores[MODELS[0]]]
+    columns = {"test passages": "{0}", "rows": "{1[examples]:,}"}
+    columns |= {f"F1, {model}": f"{{{at}[f1]:.1f}}" for at, model in enumerate(MODELS, 1)}
+    columns |= {f"no context, {model}": f"{{{at}[no_context_f1]:.1f}}" for at, model in enumerate(MODELS, 1)}
+    return table(rows, {title: lambda row, cell=cell: cell.format(*row) for title, cell in columns.items()})
+
+
+def readers_depth() -> list[str]:
+    """What hiding the passage in one layer costs, and what one layer that sees it is worth."""
+    columns = READER | {"exact answers, %": "{exact:.1f}"}
+    layers = range(max(run["layers"] for run in READERS))
+    columns |= {f"hidden in layer {layer}": f"{{exact_hidden_in[{layer}]:.1f}}" for layer in layers}
+    alone = in_order(READERS, "model")
+    lines = table(alone, columns)
+    best = [f"{max(run['exact_hidden_but_in']):.1f}% ({run['model']})" for run in alone]
+    return [*lines, "", f"With the passage in sight of one layer alone, at best {' and '.join(best)} are right."]
+
+
 def stage0_collapse() -> list[str]:
     columns = READER | F1 | {"no context": "{score[no_context_f1]}", "commonest answer, %": "{score[commonest_share]}"}
     columns |= {"different answers, of 1,000": "{score[unique_answers]}", "cosine of latents": "{latent_cosine:.3f}"}
@@ -309,12 +331,12 @@ def stage2_ablations() -> list[str]:
 
 
 def passages(run: dict) -> str:
-    """How harder passages differ: "emoji" of harder-emoji.jsonl."""
-    return Path(run["data"]).stem.removeprefix("harder-")
+    """How the test passages differ: "emoji" of tiny-emoji."""
+    return run["data"].removeprefix("tiny-")
 
 
 def stage2_harder() -> list[str]:
-    runs = in_order([run for run in STAGE2 if "harder-" in run["data"]], "model", "data")
+    runs = in_order([run for run in STAGE2 if run["data"].startswith("tiny-")], "model", "data")
     return table(runs, READER | {"passages": passages} | F1 | RETENTION | TOKENS)
 
 
@@ -378,7 +400,7 @@ def stage3_ablations() -> list[str]:
 def stage3_harder() -> list[str]:
     columns = {"passages": passages} | READER | {"bytes": "{wire_bytes:.0f}", "text": "{text_bytes:.0f}"}
     columns |= {"zlib -9": "{zlib_bytes:.0f}"} | RETENTION
-    return table(in_order([run for run in READINGS if "harder-" in run["data"]], "data", "model"), columns)
+    return table(in_order([run for run in READINGS if run["data"].startswith("tiny-")], "data", "model"), columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_the_reader_is_trained_on_the_prompt_that_the_stages_use():
     assert pretrain.PROMPT == common.PROMPT
 
 
-def build_small(name: str):
+def build_small(name: str, real: pretrain.RealText):
     """As `pretrain.build`, but a model of one layer, with the tokenizer of the shipped reader."""
     tokenizer = AutoTokenizer.from_pretrained(TINY / name)
     torch.manual_seed(0)
@@ -177,29 +177,51 @@ def build_small(name: str):
     return tokenizer, AutoModelForCausalLM.from_config(config)
 
 
+@pytest.fixture
+def real_text(tmp_path):
+    """A small SQuAD file and a small file of stories."""
+    context = "The bridge was built in 1850 by Ada Smith. It is 40 metres long. The town paid for it with a loan."
+    asked = [("Who built the bridge?", "Ada Smith"), ("How long is the bridge?", "40 metres")]
+    qas = [{"question": q, "answers": [{"text": a, "answer_start": context.index(a)}]} for q, a in asked]
+    squad, stories = tmp_path / "squad.json", tmp_path / "stories.txt"
+    squad.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": qas}]}]}), encoding="utf-8")
+    stories.write_text(
+        "Once a fox met a hen in a quiet wood near the river.\n\nThey had soup with onions.", encoding="utf-8"
+    )
+    return squad, stories
+
+
+def test_real_text_gives_questions_that_its_window_answers(real_text):
+    real, rng = pretrain.RealText(*real_text), random.Random(0)
+    for make in (real.questions, real.cloze):
+        for _ in range(50):
+            window, asked = make(rng)
+            assert asked and all(answer in window for _, answer in asked), (window, asked)
+
+
 @pytest.mark.parametrize("build", (build_small, pytest.param(pretrain.build, marks=pytest.mark.slow)))
-def test_interrupted_pretraining_ends_where_an_unbroken_one_does(build, tmp_path, monkeypatch):
+def test_interrupted_pretraining_ends_where_an_unbroken_one_does(build, tmp_path, monkeypatch, real_text):
     def pretrain_run(out, *flags):
-        monkeypatch.setattr(
-            "sys.argv", ["pretrain.py", "tiny-qwen", "--steps", "4", "--batch-size", "2", "--out", str(out), *flags]
-        )
+        sizes = ["--steps", "8", "--batch-size", "2", "--out", str(out)]
+        files = ["--squad", str(real_text[0]), "--stories", str(real_text[1])]
+        monkeypatch.setattr("sys.argv", ["pretrain.py", "tiny-qwen", *sizes, *files, *flags])
         pretrain.main()
 
     monkeypatch.setattr(pretrain, "build", build)
+    monkeypatch.setattr(pretrain, "POOL", 2)
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 4)
+    monkeypatch.setattr(pretrain, "GROW_AT", (-1.0, -1.0))  # every pool grows: copying, 2, 3, 4 facts
     pretrain_run(tmp_path / "whole")
-    save, saved = pretrain.save_atomically, []
+    save = pretrain.save_atomically
 
-    def save_twice(payload, path):
+    def save_once(payload, path):
         save(payload, path)
-        saved.append(payload["step"])
-        if len(saved) == 2:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "save_atomically", save_twice)
+    monkeypatch.setattr(pretrain, "save_atomically", save_once)
     with pytest.raises(KeyboardInterrupt):
         pretrain_run(tmp_path / "broken")
     monkeypatch.setattr(pretrain, "save_atomically", save)
     pretrain_run(tmp_path / "broken", "--resume")
     whole, broken = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "broken"))
-    assert saved == [1, 2]
     assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)

@@ -37,9 +37,8 @@ VOCABULARY = 4096
 ANSWER_WEIGHT, COPY_WEIGHT, PASSAGE_WEIGHT, REAL_WEIGHT = 1.0, 0.5, 0.1, 0.2  # of a token as a target
 SQUAD_SHARE, CLOZE_SHARE = 0.15, 0.15  # of the rows; the rest are passages of the world
 POOL = 8  # steps whose data are made together
-GROW_AT = 0.75  # share of right answer tokens at which passages grow by a fact
-SAVE_EVERY = 240
-COPY_STEPS = 480  # at the start: only copying
+GROW_AT = (0.6, 0.75)  # share of right tokens at which copying gives way to reading, and passages grow by a fact
+SAVE_EVERY = 240  # steps: whole pools
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +391,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     rows = make_rows(tokenizer, real, random.Random("frequent"), 4, 2000)
     frequent = [token for token, _ in Counter(token for ids, _ in rows for token in ids).most_common(512)]
-    step, facts, accuracy, seconds = 0, 2, 0.0, 0.0
+    step, facts, accuracy, seconds = 0, 0, 0.0, 0.0  # no facts: copying
     if args.resume:
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
@@ -407,12 +406,13 @@ def main() -> None:
     model.train()
     started = time.perf_counter() - seconds
     while step < args.steps:
-        if step % POOL == 0 and step < COPY_STEPS:
-            batches = copy_batches(frequent, args.seed, step // POOL, args.batch_size)
-        elif step % POOL == 0:
-            if accuracy > GROW_AT and facts < 8:
-                facts, accuracy = facts + 1, accuracy - 0.05
-            batches = make_batches(tokenizer, real, args.seed, step // POOL, args.batch_size, facts)
+        if step % POOL == 0:
+            if accuracy > GROW_AT[min(facts, 1)] and facts < 8:
+                facts, accuracy = (facts + 1, accuracy - 0.05) if facts else (2, 0.0)
+            if facts:
+                batches = make_batches(tokenizer, real, args.seed, step // POOL, args.batch_size, facts)
+            else:
+                batches = copy_batches(frequent, args.seed, step // POOL, args.batch_size)
         # warm-up over 100 steps, constant, then linearly to zero over the last 30%
         scale = min(1.0, (step + 1) / 100, (args.steps - step) / (0.3 * args.steps))
         for group in optimizer.param_groups:
@@ -428,7 +428,7 @@ def main() -> None:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        answers = weights == (COPY_WEIGHT if step < COPY_STEPS else ANSWER_WEIGHT)
+        answers = weights == (ANSWER_WEIGHT if facts else COPY_WEIGHT)
         right = (logits.argmax(-1) == targets)[answers].float().mean().item()
         accuracy = 0.95 * accuracy + 0.05 * right
         step += 1
@@ -440,7 +440,7 @@ def main() -> None:
                 f"grad {norm:.2f} T {ids.shape[1]} {seconds:.0f} s, {eta:.0f} s left",
                 flush=True,
             )
-        if step % SAVE_EVERY == 0 or step == args.steps:
+        if step % SAVE_EVERY == 0:
             scores = {name: f"{answer_exact(model, tokenizer, rows):.1f}%" for name, rows in validation.items()}
             print(f"step {step}: validation answers exact {scores}", flush=True)
             save_atomically(
