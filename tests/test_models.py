@@ -295,7 +295,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     config = transformers.LlamaConfig(**{**SMALL, "vocab_size": 500})
     directory = save_random_llm(tmp_path / "llm", config, HERE / "tiny" / "tiny-llama")
     run = run_stage(stage1, "--model", directory, "--smoke", "--out", tmp_path / "out")
-    assert run.code == 2 and "its tokenizer has 1024 tokens and its embeddings 500" in run.stderr
+    assert run.code == 2 and "its tokenizer has 4096 tokens and its embeddings 500" in run.stderr
 
 
 def test_checkpointing_changes_no_gradient(llm):

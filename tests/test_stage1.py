@@ -104,7 +104,7 @@ def test_the_identity_wire_rebuilds_the_embeddings(parts):
     full = fit_pca(reader.table, counts)
     wire = stage1.Wire(reader, full, "sent", torch.tensor(1.0), code_format="<f4")
     wire.adapter = stage1.Adapter("linear", full, reader, wire.codes, counts)
-    ids = list(range(0, 1024, 3))
+    ids = list(range(0, 4096, 3))
     rebuilt = wire.receive(wire.send(Prompt("", ids, False)))
     torch.testing.assert_close(rebuilt, reader.table[ids], atol=1e-6, rtol=1e-4)
 
@@ -115,7 +115,7 @@ def test_the_identity_control_of_a_run_is_such_a_wire(random_llm, tmp_path, monk
     succeed(stage1, *QUICK, "--model", random_llm, "--code-dim", "8", "--out", tmp_path)
     assert [wire.width for wire in scored] == [8, 8, 32]  # PCA inverse, untrained codebook, identity
     assert [wire.adapter.kind for wire in scored] == ["linear", "codebook", "linear"]
-    ids = list(range(0, 1024, 3))
+    ids = list(range(0, 4096, 3))
     rebuilt = scored[-1].receive(scored[-1].send(Prompt("", ids, False)))
     torch.testing.assert_close(rebuilt, scored[-1].reader.table[ids], atol=1e-6, rtol=1e-4)
 
@@ -140,7 +140,7 @@ def test_the_tokens_of_a_large_vocabulary_that_matter_are_all_that_matters(parts
         adapter.zero_grad()
         (outputs[-1] * direction).sum().backward()
         gradients.append([p.grad.clone() for p in adapter.parameters()])
-    assert tokens[0] == 1024 and 40 <= tokens[1] < 1024
+    assert tokens[0] == 4096 and 40 <= tokens[1] < 4096
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-6)
     assert adapter(codes * math.nan, torch.tensor(0.05)).isnan().all()  # not the embeddings of nothing
     for whole, chosen in zip(*gradients, strict=True):
