@@ -16,7 +16,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE.parent / "shared"  # real data and models beside the project, where there are any
-sys.path[:0] = [str(HERE), str(HERE / "tiny")]  # pretrain.py is a script beside world.py
+sys.path.insert(0, str(HERE))
 
 import plumbing.report  # noqa: E402
 import stage0_broken as stage0  # noqa: E402

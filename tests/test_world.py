@@ -7,13 +7,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import pretrain
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
-from tiny import world
+from tiny import facts, pretrain, values, world
 
 TINY = Path(world.__file__).parent
 NAMES = ("woman", "man", "surname", "town")
@@ -23,10 +22,10 @@ SMALL = dict(num_hidden_layers=1, layer_types=["full_attention"], hidden_size=32
 def names_in(rows: list[dict]) -> set[str]:
     """Names of the lists, and capitalised words that the grammar of names can produce."""
     text = " ".join(" ".join([row["context"], row["question"], *row["answers"]]) for row in rows)
-    listed = {name for kind in NAMES for name in world.words()[kind]}
+    listed = {name for kind in NAMES for name in values.words()[kind]}
     found = {name for name in listed if " " in name and name in text}
     for word in set(re.findall(r"[A-Z][a-z]+", text)):
-        grammar = word.startswith(tuple(world.STARTS)) and word.endswith(tuple(world.ENDS))
+        grammar = word.startswith(tuple(values.STARTS)) and word.endswith(tuple(values.ENDS))
         if (word in listed or grammar) and word not in ordinary_words():  # Miss White, and white pills
             found.add(word)
     return found
@@ -35,13 +34,13 @@ def names_in(rows: list[dict]) -> set[str]:
 @functools.cache
 def ordinary_words() -> set[str]:
     """Capitalised words of the templates, and of lists that have no split."""
-    kinds = [" ".join(items) for kind, items in world.words().items() if kind not in NAMES]
+    kinds = [" ".join(items) for kind, items in values.words().items() if kind not in NAMES]
     text = " ".join([(TINY / "scenes.txt").read_text(), (TINY / "relations.txt").read_text(), *kinds])
-    return {word.capitalize() for word in re.findall(r"[A-Za-z]+", text)} | set(world.MONTHS) | set(world.DAYS)
+    return {word.capitalize() for word in re.findall(r"[A-Za-z]+", text)} | set(values.MONTHS) | set(values.DAYS)
 
 
 def test_splits_share_no_name():
-    names = {split: names_in(world.make_examples(split, 1500, style="plain")) for split in world.SPLITS}
+    names = {split: names_in(world.make_examples(split, 1500, style="plain")) for split in values.SPLITS}
     assert all(len(found) > 500 for found in names.values())
     assert not names["train"] & names["test"]
     assert not names["train"] & names["validation"]
@@ -59,16 +58,16 @@ def test_passages_are_deterministic_and_say_their_answers():
 
 
 def relation_words(unseen: bool) -> set[tuple[str, str]]:
-    return {(relation.kind, relation.words[0]) for relation in world.relations(unseen)}
+    return {(relation.kind, relation.words[0]) for relation in facts.relations(unseen)}
 
 
 def test_a_fifth_of_relations_forms_and_scenes_is_held_out():
     seen, unseen = relation_words(False), relation_words(True)
     assert not seen & unseen and len(seen | unseen) > 300
     assert len(unseen) / len(seen | unseen) > 1 / 6
-    assert len(world.relations(True)) / (len(world.relations(True)) + len(world.relations(False))) > 1 / 6
+    assert len(facts.relations(True)) / (len(facts.relations(True)) + len(facts.relations(False))) > 1 / 6
     assert len(world.scenes(True)) / (len(world.scenes(True)) + len(world.scenes(False))) >= 1 / 5
-    listed = [set(forms) for forms in (world.VERB_FORMS, world.NOUN_FORMS, world.ADJECTIVE_FORMS, world.PAIR_FORMS)]
+    listed = [set(forms) for forms in (facts.VERB_FORMS, facts.NOUN_FORMS, facts.ADJECTIVE_FORMS, facts.PAIR_FORMS)]
     held_out = [form for forms in listed for form in forms if form.startswith("*")]
     assert len(held_out) / sum(map(len, listed)) >= 1 / 5
 
@@ -76,21 +75,21 @@ def test_a_fifth_of_relations_forms_and_scenes_is_held_out():
 def test_training_uses_nothing_that_is_held_out(monkeypatch):
     drawn = Counter()
     for name in ("verb_sentence", "noun_sentence", "adjective_sentence"):
-        speak = getattr(world, name)
+        speak = getattr(facts, name)
 
         def spy(fact, form, rng, speak=speak):
             drawn[f"{fact.relation.kind} {fact.relation.words[0]}"] += 1
             drawn[f"form {form}"] += 1
             return speak(fact, form, rng)
 
-        monkeypatch.setattr(world, name, spy)
+        monkeypatch.setattr(facts, name, spy)
     rng = random.Random(0)
     for _ in range(1500):
-        world.make_facts(world.Maker(rng, "train"), False, 6)
+        world.make_facts(values.Maker(rng, "train"), False, 6)
     training = set(drawn)
     drawn.clear()
     for _ in range(500):
-        world.make_facts(world.Maker(rng, "test"), True, 6)
+        world.make_facts(values.Maker(rng, "test"), True, 6)
     starred = {"form pseudo_cleft", "form one_who", "form has_as", "form with"}
     assert not training & starred and starred <= set(drawn)
     assert not {f"{kind} {word}" for kind, word in relation_words(True)} & training
@@ -110,7 +109,7 @@ def test_passages_hold_distractors():
 
         world.make_fact = spy
         try:
-            world.make_facts(world.Maker(rng, "test"), False, 6)
+            world.make_facts(values.Maker(rng, "test"), False, 6)
         finally:
             world.make_fact = make_fact
         relations, subjects = Counter(r for r, _ in made), Counter(s for _, s in made)
@@ -119,10 +118,10 @@ def test_passages_hold_distractors():
 
 
 def test_questions_ask_for_every_argument():
-    maker = world.Maker(random.Random(0), "test")
-    give = next(r for r in world.relations(False) if r.kind == "verb" and len(r.slots) == 3 and r.subject == "person")
-    fact = world.make_fact(maker, give, world.make_subject(maker, "person"), False)
-    answers = {answer for _, answer in world.asked_of(fact, maker.rng)}
+    maker = values.Maker(random.Random(0), "test")
+    give = next(r for r in facts.relations(False) if r.kind == "verb" and len(r.slots) == 3 and r.subject == "person")
+    fact = facts.make_fact(maker, give, facts.make_subject(maker, "person"), False)
+    answers = {answer for _, answer in facts.asked_of(fact, maker.rng)}
     assert fact.subject.name in answers
     for _, kind, text in fact.slots:
         assert (text.split(" ")[0] if kind == "count" else text) in answers

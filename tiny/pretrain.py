@@ -1,8 +1,8 @@
 """Train an embedded reader from scratch: tokenizer, then a small causal LM that answers questions about world.py.
 
-    python tiny/pretrain.py tiny-llama      # about 50 minutes on one CPU core; the log is in tiny/README.md
-    python tiny/pretrain.py tiny-qwen
-    python tiny/pretrain.py tiny-llama --resume    # after an interruption; ends where one run would have ended
+    python -m tiny.pretrain tiny-llama      # about 50 minutes on one CPU core; the log is in tiny/README.md
+    python -m tiny.pretrain tiny-qwen
+    python -m tiny.pretrain tiny-llama --resume    # after an interruption; ends where one run would have ended
 
 What made the reading circuit appear in minutes:
 - every sequence is a passage and *several* questions, so that a passage of 80 tokens gives five answers to learn from;
@@ -28,7 +28,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-import world
+from tiny import world
+from tiny.values import Maker
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "{context}\nQuestion: {question}\nAnswer:"  # as common.py's PROMPT; tests/test_world.py compares the two
@@ -266,7 +267,7 @@ def make_rows(
             if facts > 3:
                 (context, asked), said = world.make_passage(rng, "train", number), PASSAGE_WEIGHT
             else:
-                (context, asked), said = world.make_facts(world.Maker(rng, "train"), False, number), PASSAGE_WEIGHT
+                (context, asked), said = world.make_facts(Maker(rng, "train"), False, number), PASSAGE_WEIGHT
         pieces = [(context, said)]
         for question, answer in asked[:6]:
             pieces += [
