@@ -472,7 +472,7 @@ def scale_dry() -> list[str]:
     columns |= {"trained, M": in_units(1e6, "trained_parameters"), "weights, GB": in_units(1e9, "held", "weights")}
     columns |= {"training, GB (checkpointing)": lambda row: f"{training(row)} ({less(row)})"}
     columns |= {"evaluation, GB": in_units(1e9, "evaluation_bytes")}
-    columns |= {"fits a GPU of (checkpointing)": "{fits[without][0]} ({fits[with][0]})", "PCA, s": "{pca_seconds:.0f}"}
+    columns |= {"fits a GPU of (checkpointing)": "{fits[without][0]} ({fits[with][0]})"}
     return table(sorted((run for run in SCALE if "fits" in run), key=lambda run: run["parameters"]), columns)
 
 

@@ -417,8 +417,6 @@ def test_weights_in_8_bits_stay_so_and_go_through_every_stage(tmp_path):
     assert 0.99 < torch.cosine_similarity(*gradients, dim=0) < 1
     held = sum(tensor.numel() * tensor.element_size() for tensor in reader.model.state_dict().values())
     assert weight_bytes(llm, torch.float32)[0] == pytest.approx(held, rel=0.01)
-    run = run_stage(stage1, "--model", whole, "--dry-run", "--micro-batch-size", "1", "--dtype", "float32")
-    assert run.result["weights_in_bits"]["8"] == pytest.approx(held, rel=0.01)
     run_the_stages(llm, tmp_path)
     again = load_reader(str(llm), CPU, torch.float32)
     assert again.fingerprint == reader.fingerprint
