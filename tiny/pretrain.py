@@ -61,10 +61,13 @@ LAYERS = 6
 ANSWER_WEIGHT, COPY_WEIGHT, PASSAGE_WEIGHT, REAL_WEIGHT = 1.0, 0.5, 0.1, 0.2  # of a token as a target
 TARGETS = 0.25  # of the tokens of passages and questions are targets
 SQUAD_SHARE, CLOZE_SHARE = 0.15, 0.15  # of the rows; the rest are passages of the world
+STYLED = 0.25  # of the passages of the world; more than in its test sets, because they are hard to learn
+STYLES = ("upper", "upper", "lower", "digits", "accents", "accents", "emoji")  # the hardest ones twice
 QUESTIONS = 6  # about a passage, at most
 MOST_FACTS = 8  # of a passage
 GROW_AT = (0.6, 0.75)  # share of right tokens at which copying gives way to reading, and passages grow by a fact
 POOL = 8  # steps whose data are made together
+SHAPES = (16, 128)  # columns of a batch and targets come in such numbers: the CPU's matmul library compiles every shape
 SAVE_EVERY = 240  # steps: whole pools
 
 
@@ -341,7 +344,8 @@ def draw_text(end: str, real: RealText, rng: random.Random, facts: int) -> list[
     else:
         number, weight = rng.randint(max(1, min(3, facts - 2)), facts), PASSAGE_WEIGHT
         if facts > 3:
-            context, asked = world.make_passage(rng, "train", number)
+            style = rng.choice(STYLES) if rng.random() < STYLED else "plain"
+            context, asked = world.make_passage(rng, "train", number, style=style)
         else:  # no everyday texts, which are long
             context, asked = world.make_facts(Maker(rng, "train"), False, number)
     pieces = [(context, weight)]
@@ -352,12 +356,19 @@ def draw_text(end: str, real: RealText, rng: random.Random, facts: int) -> list[
 
 
 def padded(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids [B,T], weights [B,T] of each token as a target); padding on the right has id 0 and weight 0."""
-    ids, weights = zip(*rows, strict=True)
-    return (
-        pad_sequence([torch.tensor(row) for row in ids], batch_first=True),
-        pad_sequence([torch.tensor(row) for row in weights], batch_first=True),
-    )
+    """(ids [B,T], weights [B,T] of each token as a target); padding on the right has id 0 and weight 0.
+
+    T is a multiple of SHAPES[0].
+    """
+    width = rounded_up(max(len(ids) for ids, _ in rows), SHAPES[0])
+    ids, weights = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
+    for i, (row, weight) in enumerate(rows):
+        ids[i, : len(row)], weights[i, : len(row)] = torch.tensor(row), torch.tensor(weight)
+    return ids, weights
+
+
+def rounded_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
 def copied(rng: random.Random, tokens: list[int], length: int) -> Row:
@@ -430,9 +441,11 @@ def learning_rate(peak: float, step: int, steps: int) -> float:
 def backward(model, ids: torch.Tensor, weights: torch.Tensor, counted: float) -> tuple[float, float]:
     """Gradients of a batch [B,T]: (loss, share of right tokens among the targets whose weight is `counted`).
 
-    Logits are computed for targets alone.
+    Logits are computed for targets alone, and for as many others, of no weight, as make a multiple of SHAPES[1].
     """
     is_target = weights[:, 1:] > 0
+    others = (~is_target).flatten().nonzero()[:, 0]
+    is_target.view(-1)[others[: -int(is_target.sum()) % SHAPES[1]]] = True
     targets, weights = ids[:, 1:][is_target], weights[:, 1:][is_target]  # [targets] each
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][is_target]
