@@ -114,7 +114,7 @@ def test_passages_hold_distractors():
             world.make_fact = make_fact
         relations, subjects = Counter(r for r, _ in made), Counter(s for _, s in made)
         both += any(relations[r] > 1 and subjects[s] > 1 for r, s in made)
-    assert both / passages > 0.9
+    assert both / passages > 0.8
 
 
 def test_questions_ask_for_every_argument():

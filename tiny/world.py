@@ -3,7 +3,7 @@
 A passage tells facts (facts.py) about a few subjects: active, passive, two facts in one sentence, a pronoun in the
 next, ... Three in ten passages are everyday texts instead (scenes.txt). values.py fills both with names and words.
 
-No name is in two splits. So an answer is read or it is wrong; it cannot be recalled. Most passages of facts have
+No name is in two splits. So an answer is read or it is wrong; it cannot be recalled. Four in five passages of facts have
 distractors: another subject with the asked relation, and another fact about the asked subject.
 
 A fifth of the relations, scenes and forms are held out by a hash. Training never uses them, and the unseen passages use
