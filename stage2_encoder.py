@@ -85,7 +85,8 @@ ABLATIONS = {  # --without -> the losses that go with it
     "stage1-adapter": ("token",),  # its keys are then random and to be learned: no target
     "pca": (),  # any k orthonormal directions instead of those of most variance
 }
-SHIPPED = {"tiny": "tiny/wires/stage1", "tiny-llama": "tiny/wires/stage1", "tiny-qwen": "tiny/wires/stage1-qwen"}
+CODEBOOKS = "tiny/wires/stage1-codebook", "tiny/wires/stage1-codebook-qwen"
+SHIPPED = {"tiny": CODEBOOKS[0], "tiny-llama": CODEBOOKS[0], "tiny-qwen": CODEBOOKS[1]}
 
 
 def parse_arguments():

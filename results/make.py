@@ -165,8 +165,7 @@ def duration(run: dict) -> list[str]:
 def ladder() -> list[str]:
     learned = {"stage0": "all at once, from the answer", "stage1": "the adapter: {adapter}"}
     learned |= {"stage2": "+ the encoder", "stage3": "+ the message"}
-    rows = readers(STAGE0) + adapter_rows("linear", 8) + adapter_rows("codebook", 8)
-    rows += readers(STAGE2) + message_rows("prompt")
+    rows = readers(STAGE0) + adapter_rows("mlp", 8) + readers(STAGE2) + message_rows("prompt")
     columns = {"stage": lambda row: row["stage"][-1]} | READER
     columns |= {"what is learned": lambda row: learned[row["stage"]].format_map(row)}
     columns |= F1 | RETENTION | BYTES | POSITIONS | {"seeds": "{seeds}"}
@@ -183,14 +182,13 @@ def stage0_number() -> list[str]:
 
 
 def stage1_number() -> list[str]:
-    linear, codebook = adapter_rows("linear", 8)[0], adapter_rows("codebook", 8)[0]
-    untrained = mean_and_std([100 * codebook["untrained"] / codebook["text_f1"]])
+    row = adapter_rows("mlp", 8)[0]
     text = (
-        "With 8x fewer numbers per token, the linear adapter keeps {0[score][retention]}% of the F1 from text "
-        "({0[seeds]} seed), and the codebook keeps {1[score][retention]}% ({1[seeds]} seeds). Before any training, the "
-        "codebook already keeps {2}% (reader {1[model]}, {1[examples]:,} test passages): `{0[command]}`, `{1[command]}`"
+        "With 8x fewer numbers per token, the LLM keeps {score[retention]}% of its F1 from text; before training, with "
+        "the inverse of the PCA, it keeps {inverse}% (reader {model}, {examples:,} test passages, {seeds} seeds): "
+        "`{command}`"
     )
-    return [text.format(linear, codebook, untrained)]
+    return [text.format_map(row | {"inverse": mean_and_std([100 * row["pca_inverse"] / row["text_f1"]])})]
 
 
 def stage2_number() -> list[str]:
@@ -212,7 +210,7 @@ def stage3_number() -> list[str]:
 
 
 def minutes() -> list[str]:
-    runs = named(STAGE0, "tiny-seed0") + named(STAGE1, "tiny-k24-codebook-seed0")
+    runs = named(STAGE0, "tiny-seed0") + named(STAGE1, "tiny-k24-mlp-seed0")
     runs += named(STAGE2, "tiny-seed0") + named(STAGE3, "seed0")
     columns = {"stage": lambda row: row["stage"][-1], "minutes": "{minutes:.1f}", "of which evaluation": "{tested:.1f}"}
     return table([with_minutes(run) for run in runs], columns | {"on a CPU, with": "{on}"} | COMMAND)
@@ -280,8 +278,8 @@ def stage0_sweep() -> list[str]:
 
 def stage1_headline() -> list[str]:
     columns = READER | {"code width": "{code_dim} of {embedding_width}"} | F1 | RETENTION
-    columns |= {"untrained codebook: F1": "{score[untrained]}", "PCA inverse: F1": "{score[pca_inverse]}"}
-    return table(adapter_rows("codebook"), columns | CONTROLS | BYTES | RUNS)
+    columns |= {"PCA inverse: F1": "{score[pca_inverse]}"}
+    return table(adapter_rows("mlp"), columns | CONTROLS | BYTES | RUNS)
 
 
 def stage1_identity() -> list[str]:
@@ -301,13 +299,7 @@ def stage1_real_weights() -> list[str]:
     columns = {"adapter": "{adapter}", "RMS": "{rms}"}
     columns |= {"NLL through the wire": "{nll_wire:.3f}", "NLL from text": "{nll_text:.3f}"}
     columns |= {"untrained": "{untrained:.3f}", "PCA inverse": "{pca_inverse:.3f}", "identity wire": "{identity:.3f}"}
-    squad = (
-        "On {examples} SQuAD questions (`{command}`), the same model scores F1 {text_f1:.2f} from the text and "
-        "{f1:.2f} through the wire. A language model of 260K parameters cannot answer these questions, so retention "
-        "says nothing here."
-    )
-    lines = table([run for run in STAGE1 if run["data"].endswith(".txt")], columns | COMMAND)
-    return lines + ["", *(squad.format_map(run) for run in named(STAGE1, "stories260k-squad"))]
+    return table([run for run in STAGE1 if run["data"].endswith(".txt")], columns | COMMAND)
 
 
 def stage2_encoder() -> list[str]:
@@ -516,7 +508,7 @@ def draw() -> None:
 
     groups = grouped(CONSTANT_RMS, "model", "code_dim", "adapter")
     figures.stage1(HERE / "stage1.png", {model: [row for row in groups if row["model"] == model] for model in MODELS})
-    points = {"stage 0: all at once": readers(STAGE0), "stage 1: the adapter": adapter_rows("codebook")}
+    points = {"stage 0: all at once": readers(STAGE0), "stage 1: the adapter": adapter_rows("mlp")}
     points |= {"stage 2: + the encoder": readers(STAGE2), "stage 3: + the message": message_rows("prompt")}
     texts = {run["model"]: run for run in in_order(named(READINGS, "seed0"), "model")}
     direct = {model: [run for run in direct_runs() if run["model"] == model] for model in MODELS}

@@ -3,8 +3,8 @@
 A passage tells facts (facts.py) about a few subjects: active, passive, two facts in one sentence, a pronoun in the
 next, ... Three in ten passages are everyday texts instead (scenes.txt). values.py fills both with names and words.
 
-No name is in two splits. So an answer is read or it is wrong; it cannot be recalled. Four in five passages of facts have
-distractors: another subject with the asked relation, and another fact about the asked subject.
+No name is in two splits. So an answer is read or it is wrong; it cannot be recalled. Four in five passages of facts
+have distractors: another subject with the asked relation, and another fact about the asked subject.
 
 A fifth of the relations, scenes and forms are held out by a hash. Training never uses them, and the unseen passages use
 nothing else.
@@ -208,8 +208,8 @@ def scenes(unseen: bool) -> list[tuple[list[str], list[tuple[str, str]]]]:
     found = []
     for part in re.split(r"\n\s*\n", TEMPLATES.read_text(encoding="utf-8")):
         lines = [line for line in part.splitlines() if line and not line.startswith("#")]
-        text = [line for line in lines if not re.match(r"~?\?", line)]
-        asked = [re.sub(r"^~?\? ", "", line).rsplit(" | ", 1) for line in lines if re.match(r"~?\?", line)]
+        text = [line for line in lines if not line.startswith("? ")]
+        asked = [line.removeprefix("? ").rsplit(" | ", 1) for line in lines if line.startswith("? ")]
         if text and asked and held_out(text[0]) == unseen:
             found.append((text, asked))
     return found
