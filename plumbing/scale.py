@@ -110,7 +110,7 @@ def random_wire(stage1: ModuleType, reader: Reader, k: int, kind: str):
     d, device = reader.table.shape[1], reader.device
     components, _ = torch.linalg.qr(torch.randn(d, k, device=device))
     pca = PCA(reader.table.mean(0), components, torch.ones(d, dtype=torch.float64))
-    wire = stage1.Wire(reader, pca, "constant", reader.table.square().mean().sqrt())
+    wire = stage1.Wire(reader, pca, reader.table.square().mean().sqrt())
     counts = torch.ones(len(reader.table), device=device)
     wire.adapter = stage1.Adapter(kind, pca, reader, wire.codes, counts).to(device)
     return wire
@@ -149,7 +149,7 @@ def steps_of(stage1: ModuleType, wire, batch: Batch) -> dict:
         optimizer.zero_grad(set_to_none=True)
 
     def with_wire() -> None:
-        ce, mse, _ = stage1.step_losses(wire, batch, targets, sent, variance, False)
+        ce, mse = stage1.step_losses(wire, batch, targets, sent, variance)
         update(ce + mse)
 
     def alone() -> None:

@@ -84,7 +84,6 @@ def named(runs: list[dict], *files: str) -> list[dict]:
 FOLDERS = "readers stage0 stage1 stage2 stage3 kernels scale".split()
 READERS, STAGE0, STAGE1, STAGE2, STAGE3, KERNELS, SCALE = map(load, FOLDERS)
 ADAPTERS = [run for run in STAGE1 if run["data"] == "tiny"]
-CONSTANT_RMS = [run for run in ADAPTERS if run["rms"] == "constant" and not run["kd_weight"]]
 READINGS = [flat(run | other) for run in STAGE3 for other in ({}, *run["others"])]  # one for each receiver
 BENCHES = sorted((run for run in KERNELS if "operator" in run), key=lambda bench: bench["device"].startswith("CPU"))
 
@@ -96,7 +95,7 @@ def readers(runs: list[dict]) -> list[dict]:
 
 def adapter_rows(adapter: str, times: int | None = None) -> list[dict]:
     """Stage 1 with this adapter, over its seeds: a row for each reader and width, or for codes `times` smaller."""
-    rows = grouped([run for run in CONSTANT_RMS if run["adapter"] == adapter], "model", "code_dim")
+    rows = grouped([run for run in ADAPTERS if run["adapter"] == adapter], "model", "code_dim")
     return [row for row in rows if times in (None, row["embedding_width"] // row["code_dim"])]
 
 
@@ -290,13 +289,13 @@ def stage1_identity() -> list[str]:
 
 
 def stage1_adapters() -> list[str]:
-    columns = READER | {"k": "{code_dim}", "adapter": "{adapter}", "RMS": "{rms}", "KD weight": "{kd_weight:g}"}
+    columns = READER | {"k": "{code_dim}", "adapter": "{adapter}"}
     columns |= RETENTION | {"F1": "{score[f1]}", "cosine": "{cosine:.3f}"} | NLL | {"seeds": "{seeds}"}
-    return table(grouped(ADAPTERS, "model", "code_dim", "adapter", "rms", "kd_weight"), columns)
+    return table(grouped(ADAPTERS, "model", "code_dim", "adapter"), columns)
 
 
 def stage1_real_weights() -> list[str]:
-    columns = {"adapter": "{adapter}", "RMS": "{rms}"}
+    columns = {"adapter": "{adapter}"}
     columns |= {"NLL through the wire": "{nll_wire:.3f}", "NLL from text": "{nll_text:.3f}"}
     columns |= {"untrained": "{untrained:.3f}", "PCA inverse": "{pca_inverse:.3f}", "identity wire": "{identity:.3f}"}
     return table([run for run in STAGE1 if run["data"].endswith(".txt")], columns | COMMAND)
@@ -506,7 +505,7 @@ def filled(path: Path, names: list[str]) -> str:
 def draw() -> None:
     import figures  # with matplotlib, which --check does without
 
-    groups = grouped(CONSTANT_RMS, "model", "code_dim", "adapter")
+    groups = grouped(ADAPTERS, "model", "code_dim", "adapter")
     figures.stage1(HERE / "stage1.png", {model: [row for row in groups if row["model"] == model] for model in MODELS})
     points = {"stage 0: all at once": readers(STAGE0), "stage 1: the adapter": adapter_rows("mlp")}
     points |= {"stage 2: + the encoder": readers(STAGE2), "stage 3: + the message": message_rows("prompt")}

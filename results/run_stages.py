@@ -63,8 +63,6 @@ def stage1(shared: str) -> dict[str, list[str]]:
             for adapter in ("linear", "codebook"):
                 flags = ["--model", model, "--code-dim", str(k), "--adapter", adapter]
                 runs[f"{model}-k{k}-{adapter}-seed0"] = [*flags, "--seed", "0"]
-        runs[f"{model}-k{widths[0]}-mlp-sent"] = ["--model", model, "--code-dim", str(widths[0]), "--rms", "sent"]
-        runs[f"{model}-k{widths[1]}-mlp-kd"] = ["--model", model, "--code-dim", str(widths[1]), "--kd-weight", "1"]
     return runs
 
 
