@@ -72,11 +72,15 @@ class Subject:
     kind: str
     name: str
     pronoun: str
+    known: bool = False  # whether a sentence has named it: "a mill", then "the mill"
 
     def mention(self, rng: random.Random, asked: bool = False) -> str:
         """The subject as a sentence names it, or as a question does, where a first name may be enough."""
         if asked and self.kind == "person" and rng.random() < 0.4:
             return self.name.split(" ")[0]
+        if self.kind == "building":
+            known, self.known = self.known or asked, self.known or not asked
+            return definite(self.name) if known else self.name
         if self.kind == "dog" or (self.kind == "ship" and rng.random() < 0.6):
             return f"the {self.kind} {self.name}"
         if self.kind == "firm" and rng.random() < 0.3:
@@ -112,7 +116,15 @@ class Slot(NamedTuple):
 
     def phrase(self, retold: bool = False) -> str:
         """With its preposition; `retold`: as a question repeats it."""
-        return f"{self.preposition} {definite(self.text) if retold else self.text}".strip()
+        text = definite(self.text) if retold and self.kind not in ("timephrase", "job") else self.text
+        return f"{self.preposition} {text}".strip()
+
+    @property
+    def is_plural(self) -> bool:
+        return self.kind in MAY_BE_PLURAL and bool(re.search(r"[^su]s$", self.text)) and self.text[:2] != "a "
+
+
+MAY_BE_PLURAL = ("food", "goods", "count", "part", "plant", "thing", "clothes")
 
 
 @dataclass
@@ -145,8 +157,9 @@ class Fact:
     def do(self) -> str:
         return {"past": "did", "present": "does", "future": "will"}[self.tense]
 
-    def be(self) -> str:
-        return {"past": "was", "present": "is", "future": "will be"}[self.tense]
+    def be(self, plural: bool = False) -> str:
+        past, present = ("were", "are") if plural else ("was", "is")
+        return {"past": past, "present": present, "future": "will be"}[self.tense]
 
     def copula(self) -> str:
         """Of a noun, an adjective or a cleft: these are never in the future."""
@@ -186,7 +199,7 @@ def make_fact(maker: Maker, relation: Relation, subject: Subject, fresh: bool) -
         tense = "past" if rng.random() < PAST_NOUNS else "present"
     if fresh and relation.kind != "adjective":
         relation = dataclasses.replace(relation, words=nonce_words(relation, rng))
-    slots = [fill(maker, preposition, kind) for preposition, kind in relation.slots]
+    slots = [fill(maker, preposition, kind, tense) for preposition, kind in relation.slots]
     if relation.kind == "verb":
         slots += additions(maker, relation, tense)
     return Fact(relation, subject, slots, tense)
@@ -200,9 +213,11 @@ def nonce_words(relation: Relation, rng: random.Random) -> tuple[str, ...]:
     return (word, word + "ed", "-" if relation.words[2] == "-" else word + "ed")
 
 
-def fill(maker: Maker, preposition: str, kind: str) -> Slot:
-    """A slot with a value: "to Ben", or "by train", without an article."""
+def fill(maker: Maker, preposition: str, kind: str, tense: str) -> Slot:
+    """A slot with a value: "to Ben", or "by train", without an article. Only the past has years."""
     text = maker.value(kind)
+    if kind == "date" and tense != "past":
+        text = re.sub(r" \d{4}$", "", text)
     if (preposition, kind) == ("by", "vehicle"):
         text = re.sub("^an? ", "", text)
     return Slot(preposition, kind, text)
@@ -222,7 +237,7 @@ def additions(maker: Maker, relation: Relation, tense: str) -> list[Slot]:
     choices = []
     if not has & {"date", "clock", "year", "duration"}:
         choices += [("on", "date"), ("on", "day"), ("at", "clock")]
-        choices += [("on", "day")] if tense == "future" else [("", "timephrase")]
+        choices += [("", "timephrase")] if tense == "past" else [("on", "day")]
         choices += [("in", "year")] if tense == "past" else []
     if relation.subject in ("person", "dog") and not has & {"town", "place", "room", "country"}:
         choices += [("in", "town"), ("at", "place")]
@@ -234,7 +249,7 @@ def additions(maker: Maker, relation: Relation, tense: str) -> list[Slot]:
     slots: list[Slot] = []
     for preposition, kind in rng.sample(choices, min(count, len(choices))):
         if THEMES.get(kind, kind) not in {THEMES.get(slot.kind, slot.kind) for slot in slots}:
-            slots.append(fill(maker, preposition, kind))
+            slots.append(fill(maker, preposition, kind, tense))
     return sorted(slots, key=lambda slot: slot.says_why)  # reasons stand last
 
 
@@ -322,7 +337,7 @@ def verb_sentence(fact: Fact, form: str, rng: random.Random) -> str:
         case "passive":  # a cup was given by Ann to Ben; a cup was given to Ben by Ann
             rest = fact.rest(without=[0])
             agent = rng.choice((f"by {subject} {rest}", f"{rest} by {subject}"))
-            return f"{fact.value} {fact.be()} {fact.relation.words[2]} {agent}"
+            return f"{fact.value} {fact.be(slots[0].is_plural)} {fact.relation.words[2]} {agent}"
         case "cleft_subject":  # it was Ann who gave a cup to Ben
             return f"it {fact.copula()} {subject} {that} {fact.predicate()}"
         case "cleft_argument":  # it was to Ben that Ann gave a cup
@@ -344,11 +359,12 @@ def genitive(name: str) -> str:
 def noun_sentence(fact: Fact, form: str, rng: random.Random) -> str:
     """A noun in one of NOUN_FORMS."""
     subject, (noun,), value, be = fact.subject.mention(rng), fact.relation.words, fact.value, fact.copula()
+    are = {"was": "were", "is": "are"}[be] if fact.slots[0].is_plural else be
     article = rng.choice(("the", an(noun)))
     return {
         "of": f"the {noun} of {subject} {be} {value}",  # the boss of Ann is Ben
         "genitive": f"{genitive(subject)} {noun} {be} {value}",  # Ann's boss is Ben
-        "inverse": f"{value} {be} the {noun} of {subject}",  # Ben is the boss of Ann
+        "inverse": f"{value} {are} the {noun} of {subject}",  # Ben is the boss of Ann
         "cleft": f"it {be} {value} that {be} the {noun} of {subject}",  # it is Ben that is the boss of Ann
         "as_for": f"as for {subject}, the {noun} {be} {value}",  # as for Ann, the boss is Ben
         "has_as": f"{subject} {fact.have()} {value} as {article} {noun}",  # Ann has Ben as a boss
@@ -363,7 +379,7 @@ def adjective_sentence(fact: Fact, form: str, rng: random.Random) -> str:
         "plain": f"{subject} {fact.copula()} {value} {adjective}",  # the ship Elka is 80 metres long
         "of": f"the {dimension} of {subject} {fact.copula()} {value}",  # the length of the ship Elka is 80 metres
         "has": f"{subject} {fact.have()} {a_dimension} of {value}",  # the ship Elka has a length of 80 metres
-        "with": f"with {a_dimension} of {value}, {subject} stands out",  # with a length of 80 metres, ... stands out
+        "with": f"with {a_dimension} of {value}, {subject} {'stood' if fact.tense == 'past' else 'stands'} out",
     }[form]
 
 
@@ -420,18 +436,26 @@ def ask_for_slot(fact: Fact, i: int, rng: random.Random) -> tuple[str, str]:
     preposition, kind, answer = fact.slots[i]
     is_object = i == 0 and fact.has_object
     front, end = rng.choice(question_words(preposition, kind))
+    if kind in WHEN and sum(slot.kind in WHEN for slot in fact.slots) > 1:
+        front = WHEN[kind]  # "when" would ask for both
+    if kind == "purpose":
+        answer = fact.slots[i].phrase()
     without = left_out(fact, rng, asked=i)
+    if end:  # who did Ann give a cup to, and not: a cup on Monday to
+        without += range(len(fact.relation.slots), len(fact.slots))
     rest = fact.rest(without, retold=True)
     if kind == "count" and is_object:  # how many cups did Ann give to Ben
         number, _, things = answer.partition(" ")
         return f"how many {things} {fact.do()} {fact.subject.mention(rng, asked=True)} {base} {rest}", number
     if is_object and fact.has_passive and rng.random() < 0.25:  # what was given to Ben by Ann
-        return f"{front} {fact.be()} {participle} {rest} by {fact.subject.mention(rng, asked=True)}", answer
+        front, plural = front.replace("whom", "who"), front == "which goods" or kind == "count"
+        return f"{front} {fact.be(plural)} {participle} {rest} by {fact.subject.mention(rng, asked=True)}", answer
     if (
         not is_object and fact.has_passive and fact.tense != "future" and rng.random() < 0.2
     ):  # to whom was the cup given
         rest = fact.rest([0, *without], retold=True)
-        return f"{front} {fact.be()} {definite(fact.value)} {participle} {rest} {end}", answer
+        be = fact.be(fact.slots[0].is_plural)
+        return f"{front} {be} {definite(fact.value)} {participle} {rest} {end}", answer
     # who did Ann give a cup to
     return f"{front} {fact.do()} {fact.subject.mention(rng, asked=True)} {base} {rest} {end}", answer
 
@@ -446,7 +470,7 @@ def ask_for_subject(fact: Fact, rng: random.Random) -> tuple[str, str]:
         who = "who" if kind == "person" else f"which {kind}"
     if fact.has_passive and fact.tense != "future" and rng.random() < 0.25:  # who was a cup given to Ben by
         rest = fact.rest([0, *left_out(fact, rng)], retold=True)
-        given = f"{fact.be()} {definite(fact.value)} {participle} {rest}"
+        given = f"{fact.be(fact.slots[0].is_plural)} {definite(fact.value)} {participle} {rest}"
         question = rng.choice((f"by {who.replace('who', 'whom')} {given}", f"{who} {given} by"))
     else:  # who gave a cup to Ben
         question = f"{who} {fact.verb()} {fact.rest(without, retold=True)}"
@@ -471,6 +495,8 @@ def question_words(preposition: str, kind: str) -> list[tuple[str, str]]:
     """How to ask for a slot of a verb: (words in front, preposition left at the end), as often as drawn."""
     if kind == "person":  # who did Ann give a cup to; to whom did Ann give a cup
         return [("who", preposition), ("who", preposition), (f"{preposition} whom".strip(), "")]
+    if kind in ("firm", "group", "ship"):
+        return [(f"which {kind}", preposition), (f"{preposition} which {kind}".strip(), "")]
     if kind in WHEN:
         return [("when", ""), ("when", ""), (WHEN[kind], "")]
     if kind in WHERE and preposition in ("in", "at", "near", "to", "into"):

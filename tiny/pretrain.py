@@ -272,10 +272,13 @@ FAMILIES = {
 }
 
 
-def build(name: str, real: RealText) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
-    """(tokenizer, untrained model) of a family; deterministic."""
+def build(name: str, real: RealText, trained: Path | None) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """(tokenizer, untrained model) of a family; deterministic. trained: where its tokenizer is, if it is made."""
     family = FAMILIES[name]
-    tokenizer = family.tokenizer(training_text(real), VOCABULARY)
+    if trained:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(trained)
+    else:
+        tokenizer = family.tokenizer(training_text(real), VOCABULARY)
     config = family.config(
         vocab_size=VOCABULARY,
         num_hidden_layers=LAYERS,
@@ -479,7 +482,7 @@ def parse_arguments() -> argparse.Namespace:
         args.lr = FAMILIES[args.name].learning_rate
     if args.steps < 1 or args.batch_size < 1 or args.lr <= 0:
         parser.error("--steps, --batch-size and --lr must be above 0")
-    args.checkpoint = HERE.parent / "out" / "pretrain" / (args.name + ".pt")
+    args.checkpoint = HERE.parent / "out" / "pretrain" / args.name / "checkpoint.pt"
     if args.out:
         args.checkpoint = args.out / "checkpoint.pt"
     else:
@@ -496,7 +499,8 @@ def main() -> None:
     args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
     real = RealText(args.squad, args.stories)
-    tokenizer, model = build(args.name, real)
+    tokenizer, model = build(args.name, real, args.checkpoint.parent if args.resume else None)
+    tokenizer.save_pretrained(args.checkpoint.parent)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.name}: {parameters:,} parameters, {len(tokenizer)} tokens", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)

@@ -9,6 +9,7 @@ A choice between forms, as in `clock`, draws the numbers of every form first and
 import functools
 import hashlib
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ ADJECTIVES = "old new small large heavy broken expensive cheap wet".split()
 
 def an(word: str) -> str:
     """The indefinite article of a word."""
-    return "an" if word[0] in "aeiou" else "a"
+    return "an" if word[0] in "aeiou" and not word.startswith(("eu", "uni", "usu")) else "a"
 
 
 def described(text: str, rng: random.Random) -> str:
@@ -212,8 +213,9 @@ class Maker:
         """A value of this kind, unlike any other in the passage."""
         for _ in range(1000):
             text = self.draw(kind)
-            if text.lower() not in self.taken:
-                self.taken.add(text.lower())
+            bare = re.sub("^(an?|the) ", "", text.lower())  # "a mill" and "the mill" are one
+            if bare not in self.taken:
+                self.taken.add(bare)
                 return text
         raise ValueError(f"words.txt has too few of {kind}")
 

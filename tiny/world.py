@@ -3,8 +3,8 @@
 A passage tells facts (facts.py) about a few subjects: active, passive, two facts in one sentence, a pronoun in the
 next, ... Three in ten passages are everyday texts instead (scenes.txt). values.py fills both with names and words.
 
-No name is in two splits. So an answer is read or it is wrong; it cannot be recalled. Four in five passages of facts
-have distractors: another subject with the asked relation, and another fact about the asked subject.
+No name is in two splits. So an answer is read or it is wrong; it cannot be recalled. Passages of three facts or more
+have distractors: another subject with the same relation, and another fact about the same subject.
 
 A fifth of the relations, scenes and forms are held out by a hash. Training never uses them, and the unseen passages use
 nothing else.
@@ -53,8 +53,6 @@ SUBJECTS = "person person person person town ship firm dog group building place"
 # ---------------------------------------------------------------------------------------------------------------------
 # passages of facts
 
-OPENERS = "The It On At In A An What As First When Because With".split()  # in lower case inside a sentence
-
 
 def make_facts(maker: Maker, unseen: bool, facts: int) -> tuple[str, Questions]:
     """A passage of about `facts` facts: (text, its questions), both in random order.
@@ -70,7 +68,8 @@ def make_facts(maker: Maker, unseen: bool, facts: int) -> tuple[str, Questions]:
             continue
         room = facts - count
         subjects = [make_subject(maker, kind) for _ in range(rng.randint(2, 3) if room > 1 else 1)]
-        each = rng.randint(1, 1 + max(1, room // len(subjects)))  # facts of a subject
+        most = 1 + max(1, room // len(subjects))
+        each = rng.randint(min(2, most) if room > 2 else 1, most)  # facts of a subject
         shared, *others = pick_relations(maker, kind, unseen, 1 + each * len(subjects))
         for subject in subjects:
             if count >= facts:
@@ -107,7 +106,7 @@ def pick_relations(maker: Maker, kind: str, unseen: bool, count: int) -> list[tu
 
 
 def tell(maker: Maker, subject: Subject, facts: list[Fact], unseen: bool) -> tuple[list[str], Questions]:
-    """Sentences about one subject, which stay in this order, and the questions about them."""
+    """Clauses about one subject, which stay in this order, and the questions about them."""
     rng, said, left = maker.rng, [], list(facts)
     asked = [question for fact in facts for question in asked_of(fact, rng)]
     by_pronoun = False  # whether the sentence begins with "she", "he" or "it"; never two in a row
@@ -117,7 +116,8 @@ def tell(maker: Maker, subject: Subject, facts: list[Fact], unseen: bool) -> tup
         pair = pair_form(subject, unseen, rng) if left else "alone"
         nouns = [other for other in left if other.relation.kind == "noun"]
         name = subject.mention(rng)
-        if pair not in ("alone", "whose") and not is_noun and left[0].relation.kind != "noun":
+        speakable = bool(left) and not is_noun and left[0].relation.kind != "noun" and left[0].tense == fact.tense
+        if pair not in ("alone", "whose") and speakable:
             text = say_two(pair, name, subject, fact.predicate(), left.pop(0).predicate())
         elif pair == "whose" and nouns and subject.is_person and not is_noun:
             noun = nouns[0]
@@ -126,9 +126,11 @@ def tell(maker: Maker, subject: Subject, facts: list[Fact], unseen: bool) -> tup
             text = f"{name}, {aside}, {fact.predicate()}"  # Ann, whose boss is Ben, met Carl
         elif said and not after_pronoun and not is_noun and rng.random() < 0.5:
             by_pronoun = True
-            also, predicate = rng.choice(("", "", "also ")), fact.predicate()
-            also = "" if predicate.startswith(("was", "is")) else also
-            text = f"{subject.pronoun} {also}{predicate}"  # she also met Carl
+            predicate = fact.predicate()
+            first, _, others = predicate.partition(" ")
+            if rng.random() < 1 / 3 and first not in ("was", "is"):  # she also met Carl; she will also meet Carl
+                predicate = f"will also {others}" if first == "will" else f"also {predicate}"
+            text = f"{subject.pronoun} {predicate}"
         elif said and is_noun and rng.random() < 0.4:
             possessive = {"she": "her", "he": "his", "it": "its"}[subject.pronoun]
             text = f"{possessive} {fact.relation.words[0]} {fact.copula()} {fact.value}"  # her boss is Ben
@@ -138,7 +140,7 @@ def tell(maker: Maker, subject: Subject, facts: list[Fact], unseen: bool) -> tup
             asked += questions
         else:
             text = say(fact, unseen, rng)
-        said.append(sentence(text))
+        said.append(re.sub(" +", " ", text).strip())
     return said, asked
 
 
@@ -177,15 +179,15 @@ def introduce(maker: Maker, subject: Subject) -> tuple[str, Questions]:
 
 def join_blocks(blocks: list[list[str]], rng: random.Random) -> str:
     """One text. A fifth of the blocks begin inside the sentence before: "Ann met Ben, while Carl saw a fox." """
-    sentences: list[str] = []
+    clauses: list[str] = []
     for first, *others in blocks:
-        if sentences and rng.random() < 0.2 and not re.search(r", (while|but|and) ", sentences[-1]):
-            inside = first[0].lower() + first[1:] if first.split(" ")[0] in OPENERS else first
-            sentences[-1] = f"{sentences[-1].rstrip('.')}, {rng.choice(('while', 'but', 'and'))} {inside}"
+        long = clauses and re.search(r", (while|but|and) ", clauses[-1])
+        if clauses and rng.random() < 0.2 and not long and not first.startswith(("as for", "first", "because", "when")):
+            clauses[-1] += f", {rng.choice(('while', 'but', 'and'))} {first}"
         else:
-            sentences.append(first)
-        sentences += others
-    return " ".join(sentences)
+            clauses.append(first)
+        clauses += others
+    return " ".join(sentence(clause) for clause in clauses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
