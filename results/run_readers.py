@@ -19,7 +19,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from common import IGNORE, Reader, generate, load_reader, make_batch, make_prompt, score  # noqa: E402
+from common import IGNORE, Batch, Reader, generate, load_reader, make_batch, make_prompt, score  # noqa: E402
 from plumbing.data import TINY, load_data, read_squad  # noqa: E402
 from plumbing.launch import commit, versions  # noqa: E402
 from plumbing.report import rounded  # noqa: E402
@@ -46,6 +46,17 @@ def attending(reader: Reader, masks: list[Tensor]):
             hook.remove()
 
 
+def hiding(reader: Reader, rows: list[dict], batch: Batch, hidden: set[int]) -> list[Tensor]:
+    """The mask [B,1,T,T] of each layer: causal, and in `hidden` layers, question and answer do not see the passage."""
+    place = torch.arange(batch.ids.shape[1])
+    sees = (place[:, None] >= place) & batch.attention[:, None, :].bool()  # [B, T, T] query, key
+    ends = torch.tensor([len(reader.tokenizer(row["context"])["input_ids"]) for row in rows])[:, None]
+    first = 0 if reader.tokenizer.bos_token_id is None else 1
+    passage = (place >= first) & (place < ends)  # [B, T]
+    blind = sees & ~((place >= ends)[:, :, None] & passage[:, None, :])
+    return [(blind if layer in hidden else sees)[:, None] for layer in range(reader.model.config.num_hidden_layers)]
+
+
 @torch.inference_mode()
 def exact_answers(reader: Reader, rows: list[dict], hidden: set[int]) -> float:
     """Percentage of rows whose every answer token is the likeliest, with the passage hidden in these layers."""
@@ -53,18 +64,7 @@ def exact_answers(reader: Reader, rows: list[dict], hidden: set[int]) -> float:
     for at in range(0, len(rows), 50):
         part = rows[at : at + 50]
         batch = make_batch(reader, part)
-        length = batch.ids.shape[1]
-        place = torch.arange(length)
-        seen = (place[:, None] >= place) & batch.attention[:, None, :].bool()  # [B, T, T] query, key
-        ends = [len(reader.tokenizer(row["context"])["input_ids"]) for row in part]
-        start = 0 if reader.tokenizer.bos_token_id is None else 1
-        passage = (place >= start) & (place < torch.tensor(ends)[:, None])  # [B, T]
-        behind = place >= torch.tensor(ends)[:, None]
-        blind = seen & ~(behind[:, :, None] & passage[:, None, :])
-        masks = [
-            (blind if layer in hidden else seen)[:, None] for layer in range(reader.model.config.num_hidden_layers)
-        ]
-        with attending(reader, masks):
+        with attending(reader, hiding(reader, part, batch, hidden)):
             guess = reader.model(input_ids=batch.ids, use_cache=False).logits.argmax(-1)
         right += ((guess == batch.labels) | (batch.labels == IGNORE)).all(1).sum().item()
     return 100 * right / len(rows)
