@@ -4,12 +4,12 @@
               known                      fixed             trained    known        frozen
 
 Why this works where stage 0 fails: the input of the trained part is known (codes that keep most of the variance), its
-target is known (the LLM's own embeddings), it starts at a sensible answer (the PCA inverse, or a look-up of the nearest
-code), and the vectors that the LLM reads keep the statistics of real embeddings. The loss holds both targets:
+target is known (the LLM's own embeddings), it starts at a sensible answer (the PCA inverse), and the vectors that the
+LLM reads keep the statistics of real embeddings. The loss holds both targets:
 
     loss = |decoded - embedding|^2 / variance + cross-entropy of every answer token, EOS included
 
-The default adapter, the codebook, starts so well that training adds little: every run also measures it untrained.
+Every run also measures the start, so that one sees what training adds.
 
 This compresses *dimensions* (192 -> 24), not bytes: 24 float16 numbers a token are more than the text. The table at the
 end says so. Bytes are stage 3's subject.
@@ -70,11 +70,9 @@ CONFIG = dict(
     batch_size=16,  # questions a step
     lr=3e-3,  # peak; inputs and outputs are in units of their spread, so one rate fits all models
     code_dim=None,  # k, numbers a token; None: an eighth of the embedding width
-    adapter="codebook",  # it alone reads like text; see class Adapter for linear and mlp
-    rms="constant",  # costs no bytes; sending each token's RMS gains at most 0.3 points
-    kd_weight=0.0,  # of KL(LLM reading text || LLM reading the wire); it changes a score by at most 0.3 points
+    adapter="mlp",  # the smallest without a table of tokens that reads nearly like text; see class Adapter
 )
-FIXED_BY_WIRE = ("model", "data", "code_dim", "adapter", "rms", "kd_weight")  # --eval-only reads these from the wire
+FIXED_BY_WIRE = ("model", "data", "code_dim", "adapter")  # --eval-only reads these from the wire
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.0  # few steps: a shorter memory; the PCA inverse must not be pulled towards zero
 HIDDEN = 512  # numbers of the mlp's hidden layer
 SMALL = 8192  # tokens: a codebook blends all of a vocabulary up to this size
@@ -86,9 +84,6 @@ def parse_arguments():
     add = parser.add_argument
     add("--code-dim", type=positive_int, help="k; default: an eighth of the embedding width")
     add("--adapter", choices=("linear", "mlp", "codebook"), help=f"default: {CONFIG['adapter']}")
-    add("--rms", choices=("constant", "sent"), help="RMS to match: a constant of the wire (default), or each token's "
-        "own, sent as a float16 and counted in the bytes")  # fmt: skip
-    add("--kd-weight", type=float, help="weight of KL(LLM reading text || LLM reading the wire); default: 0")
     add("--dry-run", action="store_true", help="say what this model needs, from its shape alone")
     add("--random-weights", metavar="LAYERS", nargs="?", const=0, type=positive_int,
         help="time steps of a random model of this shape (of so many layers)")  # fmt: skip
@@ -98,8 +93,6 @@ def parse_arguments():
             parser.error("--dry-run and --random-weights have no data: drop --data, --resume and --eval-only")
         if args.random_weights is not None and args.device == "split":
             parser.error("--random-weights measures one device: drop --device split")
-    if args.kd_weight is not None and not (math.isfinite(args.kd_weight) and args.kd_weight >= 0):
-        parser.error(f"argument --kd-weight: must be a number of at least 0, not {args.kd_weight}")
     return args
 
 
@@ -112,10 +105,9 @@ class Adapter(nn.Module):
 
     linear    y = z A + b, started at the PCA inverse
     mlp       + a hidden layer whose output starts at zero
-    codebook  y = softmax(-|z - keys|^2 * sharpness / 2) @ table: keys [V,k] start at every token's code, the values are
-              the LLM's frozen embedding table. Its output is always a mixture of real embeddings. In stage 1 it does
-              little more than look the token up again; it matters when codes are crowded (small k, flat spectrum) or
-              noisy (stage 2).
+    codebook  a table of tokens: y = softmax(-|z - keys|^2 * sharpness / 2) @ table. keys [V,k] start at every token's
+              code, the values are the LLM's frozen embedding table. Its output is always a mixture of real embeddings.
+              Here it does little more than look the token up again; in stage 2, where codes are noisy, it decodes.
 
     Codes are divided by their mean standard deviation and y is in units of the embeddings' RMS, so that one learning
     rate fits a small reader and a 7B model, whose embeddings have an RMS near 0.01.
@@ -186,14 +178,15 @@ class Adapter(nn.Module):
 class Wire:
     """Sender and receiver around an adapter.
 
-    Message: uint32 count L, then L x k codes in `code_format`, then, if the RMS is sent, L numbers in that format:
-    "<f2" (float16), or "<f4" in the identity control, so that nothing but the plumbing is under test.
+    Message: uint32 count L, then L x k codes in float16. All embeddings get one RMS, a constant of the wire: sending
+    each token's own gained at most 0.3 points. The identity control is `exact`: it sends float32, and behind the codes
+    the RMS of each token, so that nothing but the plumbing is under test.
     """
 
-    def __init__(self, reader: Reader, pca: PCA, rms: str, constant_rms: Tensor, code_format: str = "<f2"):
-        self.reader, self.code_format, self.rms_is_sent = reader, code_format, rms == "sent"
+    def __init__(self, reader: Reader, pca: PCA, constant_rms: Tensor, exact: bool = False):
+        self.reader, self.exact, self.number = reader, exact, "<f4" if exact else "<f2"
         self.width = pca.components.shape[1]
-        sent_dtype = torch.float16 if code_format == "<f2" else torch.float32
+        sent_dtype = torch.float32 if exact else torch.float16
         # embeddings are rows of a frozen table, so the projection runs once over V rows, and then is a gather
         codes = project(reader.table, pca.mean, pca.components)
         self.codes = codes.to(sent_dtype).float()  # [V,k] as the receiver will see them
@@ -211,32 +204,30 @@ class Wire:
         return other
 
     def target_rms(self, ids: Tensor) -> Tensor:
-        return self.rms[ids] if self.rms_is_sent else self.constant_rms  # [N,1] or scalar
+        return self.rms[ids] if self.exact else self.constant_rms  # [N,1] or scalar
 
     def send(self, prompt: Prompt) -> bytes:
         """Token ids of a prompt -> message."""
-        parts = [self.codes[prompt.ids]] + ([self.rms[prompt.ids]] if self.rms_is_sent else [])
-        payload = b"".join(part.cpu().numpy().astype(self.code_format).tobytes() for part in parts)
+        parts = [self.codes[prompt.ids]] + ([self.rms[prompt.ids]] if self.exact else [])
+        payload = b"".join(part.cpu().numpy().astype(self.number).tobytes() for part in parts)
         return struct.pack("<I", len(prompt.ids)) + payload
 
     @torch.no_grad()
     def receive(self, message: bytes) -> Tensor:
         """Message -> embeddings [L,d]."""
         (count,) = struct.unpack_from("<I", message)
-        numbers = np.frombuffer(message, self.code_format, offset=4).astype(np.float32)
+        numbers = np.frombuffer(message, self.number, offset=4).astype(np.float32)
         numbers = torch.from_numpy(numbers).to(self.reader.device)
         codes, sent_rms = numbers[: count * self.width].view(count, self.width), numbers[count * self.width :]
-        return self.adapter(codes, sent_rms[:, None] if self.rms_is_sent else self.constant_rms)
+        return self.adapter(codes, sent_rms[:, None] if self.exact else self.constant_rms)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss: the embeddings that the code decodes to, and the answer that the LLM gives from them
 
 
-def step_losses(
-    wire: Wire, batch: Batch, targets: int, sent_tokens: int, variance: Tensor, with_kd: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(cross-entropy, MSE / variance, KL from the LLM reading text) of a micro-batch: its part of the step's means.
+def step_losses(wire: Wire, batch: Batch, targets: int, sent_tokens: int, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, MSE / variance) of a micro-batch: its part of the step's means.
 
     targets, sent_tokens: labels and tokens of the whole step; variance: of an embedding number.
     """
@@ -251,12 +242,7 @@ def step_losses(
     wired = embeddings.masked_scatter(batch.sent[..., None], decoded[inverse])
     logits = answer_logits(reader, batch, wired)  # [targets of this part, V]
     ce = F.cross_entropy(logits, batch.targets, reduction="sum") / targets
-    kd = torch.zeros_like(ce)
-    if with_kd:
-        with torch.no_grad():
-            teacher = answer_logits(reader, batch, embeddings).log_softmax(-1)
-        kd = F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum") / targets
-    return ce, mse, kd
+    return ce, mse
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +263,7 @@ def measure_controls(
     controls["untrained"] = controls["pca_inverse"]  # linear and mlp start there
     if untrained.kind == "codebook":
         controls["untrained"], _ = score_wire(wire.with_adapter(untrained), data, batch_size)
-    identity_wire = Wire(reader, full_pca, "sent", wire.constant_rms, code_format="<f4")
+    identity_wire = Wire(reader, full_pca, wire.constant_rms, exact=True)
     identity_wire.adapter = Adapter("linear", full_pca, reader, identity_wire.codes, counts).to(reader.device)
     controls["identity"], answers = score_wire(identity_wire, data, batch_size)
     return controls, answers
@@ -320,7 +306,7 @@ def main() -> None:
         if pca.components.shape != (d, k):
             raise UserError(f"{saved.name}: its components are {list(pca.components.shape)}, not [{d}, {k}]")
     explained = saved.config["controls"]["explained_variance"] if saved else pca.explained
-    wire = Wire(reader, pca, args.rms, rms)
+    wire = Wire(reader, pca, rms)
     adapter = wire.adapter = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)
     untrained = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)  # what does training add?
     if saved:
@@ -345,9 +331,9 @@ def main() -> None:
         targets = sum(len(batch.targets) for batch in batches)
         sent_tokens = sum(int(batch.sent.sum()) for batch in batches)
         for batch in my_share(batches):  # all of them, unless torchrun started several processes
-            ce, mse, kd = step_losses(wire, batch, targets, sent_tokens, variance, args.kd_weight > 0)
-            (ce + mse + args.kd_weight * kd).backward()
-            run.add(ce=ce, mse=mse, kd=kd)
+            ce, mse = step_losses(wire, batch, targets, sent_tokens, variance)
+            (ce + mse).backward()
+            run.add(ce=ce, mse=mse)
         run.reduce()  # gradients and losses, summed over the processes
         norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         if run.accepts(norm):  # neither NaN nor a spike
@@ -371,8 +357,7 @@ def main() -> None:
         (f"{args.adapter} before training: {unit}", f"{controls['untrained']:.3f}", ""),
         (f"identity wire: {unit}", f"{controls['identity']:.3f}", f"k = d, RMS sent: {note}"),
     ]
-    config = {"embedding_width": d, "code_dim": k}
-    config |= {"adapter": args.adapter, "rms": args.rms, "kd_weight": args.kd_weight}
+    config = {"embedding_width": d, "code_dim": k, "adapter": args.adapter}
     tensors = {"mean": pca.mean, "components": pca.components, "target_rms": wire.constant_rms}
     tensors |= module_tensors(modules)
     title = f"stage 1: {args.adapter}, {d} -> {k} numbers a token"

@@ -85,7 +85,8 @@ ABLATIONS = {  # --without -> the losses that go with it
     "stage1-adapter": ("token",),  # its keys are then random and to be learned: no target
     "pca": (),  # any k orthonormal directions instead of those of most variance
 }
-SHIPPED = {"tiny": "tiny/wires/stage1", "tiny-llama": "tiny/wires/stage1", "tiny-qwen": "tiny/wires/stage1-qwen"}
+CODEBOOKS = "tiny/wires/stage1-codebook", "tiny/wires/stage1-codebook-qwen"
+SHIPPED = {"tiny": CODEBOOKS[0], "tiny-llama": CODEBOOKS[0], "tiny-qwen": CODEBOOKS[1]}
 
 
 def parse_arguments():
@@ -338,10 +339,8 @@ def load_stage1(args) -> SavedWire:
         raise UserError(
             f"stage 2 starts from a stage-1 wire: run stage1_pca_adapter.py --model {args.model}, then --stage1 DIR"
         )
-    keys = ("embedding_width", "code_dim", "adapter", "rms"), ("mean", "components", "target_rms")
+    keys = ("embedding_width", "code_dim", "adapter"), ("mean", "components", "target_rms")
     below = load_wire(args.stage1, "stage1", *keys)
-    if below.config["rms"] != "constant":
-        raise UserError(f"{args.stage1} sends each token's RMS; stage 2 starts from a wire with --rms constant")
     return below
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import urllib.request
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,20 @@ SQUAD = {
         "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
     ),
 }
+
+
+def everyday(count: int) -> list[dict]:
+    """The first rows of everyday.jsonl, which was written by hand; no reader was trained on it."""
+    return [row for _, row in itertools.islice(read_jsonl(EVERYDAY), count)]
+
+
+# what differs is the test set: (number of rows) -> rows
+EVERYDAY = Path(world.__file__).with_name("everyday.jsonl")
+TINY = {
+    "tiny": functools.partial(world.make_examples, "test"),
+    "tiny-unseen": functools.partial(world.make_examples, "test", unseen=True),
+    "tiny-everyday": everyday,
+} | {f"tiny-{style}": functools.partial(world.make_examples, "test", style=style) for style in world.STYLES}
 
 
 @dataclass
@@ -70,22 +85,26 @@ def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
 def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
     """`tiny`, `squad` (downloaded once, checked) or a FILE: SQuAD v1.1 JSON, JSONL rows, or .txt.
 
-    A single file is split by a hash of the passage (90% train, 10% test), so no passage is in both. A text is cut into
-    windows, and the last fifth of them is the test set. At most `eval_examples` test rows, chosen by a fixed shuffle.
-    Raises UserError with file and line.
+    `tiny-unseen` and the others of TINY differ from `tiny` in their test rows alone. A file of questions is split by a
+    hash of the passage (`split_of`), so no passage is in two splits. A text is cut into windows, and the last fifth of
+    them is the test set. At most `eval_examples` test rows, chosen by a fixed shuffle. Raises UserError with file and
+    line.
     """
-    if name == "tiny":
-        return Data("qa", None, world.make_examples("validation", 100), world.make_examples("test", eval_examples))
+    if name in TINY:
+        return Data("qa", None, world.make_examples("validation", 100), TINY[name](eval_examples))
     if name == "squad":
-        train, test = (read_squad(path) for path in fetch_squad())
-        return squad_data(train, test, eval_examples)
+        rows, test = (read_squad(path) for path in fetch_squad())
+        return split_rows(name, enumerate(rows), lambda places: [rows[i] for i in places], eval_examples, test)
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"--data {name}: no such file; give tiny, squad, or a .json, .jsonl or .txt file")
+        raise UserError(
+            f"--data {name}: no such file; give tiny, squad, or a .json, .jsonl or .txt file "
+            f"(also: {', '.join(list(TINY)[1:])})"
+        )
     if path.stat().st_size == 0:
         raise UserError(f"--data {name}: the file is empty")
     if path.suffix == ".jsonl":
-        return jsonl_data(name, path, eval_examples)
+        return split_rows(name, read_jsonl(path), functools.partial(JsonlRows, path), eval_examples)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -93,40 +112,37 @@ def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
     if path.suffix == ".txt":
         return text_data(name, text, reader, eval_examples)
     rows = read_squad(path, text)
-    in_test = [hashlib.sha256(row["context"].encode()).digest()[0] < 26 for row in rows]
-    test = [row for row, chosen in zip(rows, in_test, strict=True) if chosen]
-    train = [row for row, chosen in zip(rows, in_test, strict=True) if not chosen]
-    if not train or not test:
-        raise UserError(f"--data {name}: {len(rows)} rows are too few passages to split into training and test")
-    return squad_data(train, test, eval_examples)
+    return split_rows(name, enumerate(rows), lambda places: [rows[i] for i in places], eval_examples)
 
 
-def squad_data(train: list[dict], test: list[dict], eval_examples: int) -> Data:
-    order = np.random.default_rng(0).permutation(len(test))[:eval_examples]
-    passages = sorted({row["context"] for row in train}, key=lambda text: hashlib.sha256(text.encode()).digest())
-    held_out = set(passages[: max(1, len(passages) // 50)]) if len(passages) > 1 else set()
-    validation = [row for row in train if row["context"] in held_out][:100]
-    rest = [row for row in train if row["context"] not in held_out]
-    return Data("qa", rest or train, validation or train[:100], [test[i] for i in order])
+def split_of(passage: str) -> str:
+    """The split of a passage of a file that has none: 10% test, 2% of the rest validation."""
+    digest = hashlib.sha256(passage.encode()).digest()
+    return "test" if digest[0] < 26 else "validation" if digest[1] < 5 else "train"
 
 
-def jsonl_data(name: str, path: Path, eval_examples: int) -> Data:
-    """A file of any size: every row is checked once, and the training rows stay on the disk."""
-    train, validation, test = array("q"), array("q"), array("q")  # where rows begin
-    for place, row in read_jsonl(path):
-        digest = hashlib.sha256(row["context"].encode()).digest()
-        (test if digest[0] < 26 else validation if digest[1] < 5 else train).append(place)
+def split_rows(
+    name: str, found: Iterable[tuple[int, dict]], rows_at: Callable, eval_examples: int, test: list | None = None
+) -> Data:
+    """Data from (place, row) pairs, of which only the places are kept; rows_at(places) -> rows. test: if known."""
+    places = {split: array("q") for split in world.SPLITS}
+    for place, row in found:
+        places[split_of(row["context"])].append(place)
+    train, validation = places["train"], places["validation"]
+    if test is None:
+        test = rows_at(places["test"])
+    else:
+        train += places["test"]
     if not test or not train + validation:
         count = len(train) + len(validation) + len(test)
         raise UserError(f"--data {name}: {count} rows are too few passages to split into training and test")
     if not validation:  # a small file: the first passage is held out
-        rows = JsonlRows(path, train)
+        rows = rows_at(train)
         is_first = [row["context"] == rows[0]["context"] for row in rows]
         validation = [place for place, chosen in zip(train, is_first, strict=True) if chosen]
         train = [place for place, chosen in zip(train, is_first, strict=True) if not chosen]
     order = np.random.default_rng(0).permutation(len(test))[:eval_examples]
-    held_out, tests = JsonlRows(path, validation[:100]), JsonlRows(path, [test[i] for i in order])
-    return Data("qa", JsonlRows(path, train or validation), list(held_out), list(tests))
+    return Data("qa", rows_at(train or validation), list(rows_at(validation[:100])), [test[i] for i in order])
 
 
 def text_data(name: str, text: str, reader: Reader, eval_examples: int) -> Data:

@@ -422,8 +422,8 @@ def test_a_damaged_wire_is_refused(wire, tmp_path):
 @pytest.mark.parametrize(
     ("change", "is_"),
     (
-        (lambda tensors, name: tensors.update({name: tensors[name].double()}), "[1024, 24] float64"),
-        (lambda tensors, name: tensors.update({name: tensors[name][:, 1:].contiguous()}), "[1024, 23] float32"),
+        (lambda tensors, name: tensors.update({name: tensors[name].double()}), "[4096, 24] float64"),
+        (lambda tensors, name: tensors.update({name: tensors[name][:, 1:].contiguous()}), "[4096, 23] float32"),
         (lambda tensors, name: tensors.pop(name), "not there"),
     ),
     ids=("another dtype", "narrower", "missing"),
@@ -434,7 +434,7 @@ def test_a_tensor_of_a_wire_that_does_not_fit_is_named(change, is_, tmp_path):
     change(tensors, "adapter.keys")
     save_wire(tmp_path, tensors, config)
     run = run_stage(stage1, "--eval-only", tmp_path, "--smoke", "--out", tmp_path / "out")
-    expected = f"adapter.keys in wire.safetensors is {is_}, and with its config.json should be [1024, 24] float32"
+    expected = f"adapter.keys in wire.safetensors is {is_}, and with its config.json should be [4096, 24] float32"
     assert run.code == 2 and expected in run.stderr and run.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -23,7 +23,7 @@ RUN_FILES = {"wire.safetensors", "config.json", "metrics.jsonl", "samples.md", "
 # name -> (which part of the ladder, more flags)
 CASES = {name: (name, ()) for name in LADDER} | {
     "stage1-mlp": ("stage1", ("--adapter", "mlp")),
-    "stage1-linear": ("stage1", ("--adapter", "linear", "--kd-weight", "1")),
+    "stage1-linear": ("stage1", ("--adapter", "linear")),
 }
 
 

@@ -469,7 +469,7 @@ def test_the_picture_shows_every_loss_and_the_controls_that_matter(kind, positio
     if kind == "qa":
         metrics |= dict.fromkeys(("text_f1", "f1", "no_context_f1", "truncated_f1"), 50.0)  # and nothing to shuffle
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    history = [{"step": step, "lr": 1.0, "loss_ce": 1.0 + step % 2, "loss_kd": 0.0} for step in range(1, 41)]
+    history = [{"step": step, "lr": 1.0, "loss_ce": 1.0 + step % 2, "loss_mse": 0.0} for step in range(1, 41)]
     _, bars, unit = score_rows(metrics, {"before training": 3.0})
     draw_report(tmp_path / "report.png", history, "a run", bars, unit, metrics)
     figure = plt.gcf()
