@@ -5,11 +5,12 @@
 
 Why this works where stage 0 fails: the input of the trained part is known (codes that keep most of the variance), its
 target is known (the LLM's own embeddings), it starts at a sensible answer (the PCA inverse), and the vectors that the
-LLM reads keep the statistics of real embeddings. The loss holds both targets:
+LLM reads keep the statistics of real embeddings. Training has two parts:
 
-    loss = |decoded - embedding|^2 / variance + cross-entropy of every answer token, EOS included
+    1. seconds, without the LLM:  |decoded - embedding|^2 / variance, of tokens of the vocabulary
+    2. the steps of the run:      the same of the prompts' tokens + cross-entropy of every answer token, EOS included
 
-Every run also measures the start, so that one sees what training adds.
+Every run also measures the PCA inverse and the end of part 1, so that one sees what each part adds.
 
 This compresses *dimensions* (192 -> 24), not bytes: 24 float16 numbers a token are more than the text. The table at the
 end says so. Bytes are stage 3's subject.
@@ -75,6 +76,7 @@ CONFIG = dict(
 FIXED_BY_WIRE = ("model", "data", "code_dim", "adapter")  # --eval-only reads these from the wire
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.0  # few steps: a shorter memory; the PCA inverse must not be pulled towards zero
 HIDDEN = 512  # numbers of the mlp's hidden layer
+FIT_STEPS, FIT_TOKENS, FIT_LR = 5, 1024, 1e-2  # of part 1: its steps for each of part 2, tokens of one, peak rate
 SMALL = 8192  # tokens: a codebook blends all of a vocabulary up to this size
 
 
@@ -104,7 +106,7 @@ class Adapter(nn.Module):
     """The part that is trained. All three kinds start from the PCA and end in the same operator, kernels/adapter.py.
 
     linear    y = z A + b, started at the PCA inverse
-    mlp       + a hidden layer whose output starts at zero
+    mlp       + a hidden layer whose output starts at zero, then fitted to the embeddings
     codebook  a table of tokens: y = softmax(-|z - keys|^2 * sharpness / 2) @ table. keys [V,k] start at every token's
               code, the values are the LLM's frozen embedding table. Its output is always a mixture of real embeddings.
               Here it does little more than look the token up again; in stage 2, where codes are noisy, it decodes.
@@ -245,24 +247,38 @@ def step_losses(wire: Wire, batch: Batch, targets: int, sent_tokens: int, varian
     return ce, mse
 
 
+def fit_to_embeddings(wire: Wire, frequency: Tensor, variance: Tensor, steps: int, seed: int) -> None:
+    """Part 1 of the training: the adapter learns to decode tokens, drawn by their frequency [V], without the LLM."""
+    adapter, table = wire.adapter, wire.reader.table
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=FIT_LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    generator = torch.Generator(table.device).manual_seed(seed)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = FIT_LR * (1 - step / steps)
+        ids = torch.multinomial(frequency, FIT_TOKENS, replacement=True, generator=generator)
+        decoded = adapter(wire.codes[ids], wire.target_rms(ids))
+        loss = (decoded - table[ids]).square().mean() / variance
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    print(f"fitted to the embeddings alone: MSE / variance {loss.item():.3f}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the controls: what the PCA gives without training, and a wire that must read like text
 
 
 def measure_controls(
-    wire: Wire, untrained: Adapter, pca: PCA, full_pca: PCA, counts: Tensor, data: Data, batch_size: int
+    wire: Wire, pca: PCA, full_pca: PCA, counts: Tensor, data: Data, batch_size: int
 ) -> tuple[dict[str, float], list[str]]:
-    """({"pca_inverse", "untrained", "identity"}: F1 or NLL through each, answers through the identity wire).
+    """({"pca_inverse", "identity"}: F1 or NLL through each, answers through the identity wire).
 
     The identity wire has all d components, float32 codes and each token's RMS: only the plumbing is under test.
     """
-    print("  controls: PCA inverse, untrained adapter, identity wire", flush=True)
+    print("  controls: PCA inverse, identity wire", flush=True)
     reader, controls = wire.reader, {}
     inverse = Adapter("linear", pca, reader, wire.codes, counts).to(reader.device)
     controls["pca_inverse"], _ = score_wire(wire.with_adapter(inverse), data, batch_size)
-    controls["untrained"] = controls["pca_inverse"]  # linear and mlp start there
-    if untrained.kind == "codebook":
-        controls["untrained"], _ = score_wire(wire.with_adapter(untrained), data, batch_size)
     identity_wire = Wire(reader, full_pca, wire.constant_rms, exact=True)
     identity_wire.adapter = Adapter("linear", full_pca, reader, identity_wire.codes, counts).to(reader.device)
     controls["identity"], answers = score_wire(identity_wire, data, batch_size)
@@ -275,7 +291,13 @@ def main() -> None:
     args = parse_arguments()
     saved = None
     if args.eval_only:
-        config_keys = (*FIXED_BY_WIRE, "embedding_width", "controls.explained_variance", "metrics.train_seconds")
+        config_keys = (
+            *FIXED_BY_WIRE,
+            "embedding_width",
+            "controls.fitted",
+            "controls.explained_variance",
+            "metrics.train_seconds",
+        )
         saved = load_wire(args.eval_only, STAGE, config_keys, ("mean", "components", "target_rms"))
     merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
     if args.dry_run or args.random_weights is not None:
@@ -305,15 +327,18 @@ def main() -> None:
         pca.mean, pca.components, rms = (saved.tensors[n].to(device) for n in ("mean", "components", "target_rms"))
         if pca.components.shape != (d, k):
             raise UserError(f"{saved.name}: its components are {list(pca.components.shape)}, not [{d}, {k}]")
-    explained = saved.config["controls"]["explained_variance"] if saved else pca.explained
     wire = Wire(reader, pca, rms)
     adapter = wire.adapter = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)
-    untrained = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)  # what does training add?
+    out, batch_size = open_out(args.out), 2 * args.micro_batch_size  # without gradients, twice the rows fit
+    print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer)")
+    print(f"adapter {args.adapter}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters", flush=True)
     if saved:
         load_module(adapter, "adapter.", saved.tensors, saved.name)
-    out = open_out(args.out)
-    print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer), {100 * explained:.1f}% of the variance")
-    print(f"adapter {args.adapter}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters", flush=True)
+        fitted, explained = None, saved.config["controls"]["explained_variance"]
+    else:
+        if args.adapter == "mlp":  # a codebook knows the embeddings already, and a linear map starts at its best
+            fit_to_embeddings(wire, frequency, variance, FIT_STEPS * args.steps, args.seed)
+        fitted, explained = score_wire(wire, data, batch_size)[0], pca.explained
 
     # -----------------------------------------------------------------------------------------------------------------
     # training
@@ -342,10 +367,9 @@ def main() -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: the wire and every control, on test passages whose names were never seen
-    batch_size = 2 * args.micro_batch_size  # no gradients: twice the rows fit
     metrics, records = evaluate(wire, data, batch_size)
-    controls, answers = measure_controls(wire, untrained, pca, full_pca, counts, data, batch_size)
-    controls["explained_variance"] = explained
+    controls, answers = measure_controls(wire, pca, full_pca, counts, data, batch_size)
+    controls |= {"fitted": fitted, "explained_variance": explained}
     unit, note = "NLL", "must equal the NLL from text"
     if answers:
         same = sum(answer == record["text"] for answer, record in zip(answers, records, strict=True))
@@ -354,15 +378,15 @@ def main() -> None:
     variance_kept = f"untrained; k {k}, {100 * explained:.1f}% of the variance"
     rows = [
         (f"PCA inverse: {unit}", f"{controls['pca_inverse']:.3f}", variance_kept),
-        (f"{args.adapter} before training: {unit}", f"{controls['untrained']:.3f}", ""),
         (f"identity wire: {unit}", f"{controls['identity']:.3f}", f"k = d, RMS sent: {note}"),
     ]
+    if fitted is not None:
+        rows.insert(1, (f"fitted: {unit}", f"{fitted:.3f}", "the adapter before it learned through the LLM"))
     config = {"embedding_width": d, "code_dim": k, "adapter": args.adapter}
     tensors = {"mean": pca.mean, "components": pca.components, "target_rms": wire.constant_rms}
     tensors |= module_tensors(modules)
     title = f"stage 1: {args.adapter}, {d} -> {k} numbers a token"
-    bars = {"before training": controls["untrained"], "PCA inverse": controls["pca_inverse"]}
-    bars["identity"] = controls["identity"]
+    bars = {"fitted": fitted, "PCA inverse": controls["pca_inverse"], "identity": controls["identity"]}
     finish(run, reader, saved, title, metrics, controls, config, rows, records, tensors, bars=bars)
 
 

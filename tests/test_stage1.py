@@ -49,7 +49,7 @@ def test_the_picture_has_every_control(random_llm, tmp_path, monkeypatch):
     monkeypatch.setattr(plumbing.report, "draw_report", picture)
     succeed(stage1, *QUICK, "--model", random_llm, "--code-dim", "8", "--out", tmp_path)
     _, history, _, bars, _, _ = picture.call_args.args
-    names = {"before training": "untrained", "PCA inverse": "pca_inverse", "identity": "identity"}
+    names = {"fitted": "fitted", "PCA inverse": "pca_inverse", "identity": "identity"}
     assert list(bars) == ["text", "wire", *names, "no context", "shuffled"] and len(history) == 4
     controls = json.loads((tmp_path / "config.json").read_text())["controls"]
     assert all(bars[name] == pytest.approx(controls[key], rel=1e-5) for name, key in names.items())
@@ -113,8 +113,8 @@ def test_the_identity_control_of_a_run_is_such_a_wire(random_llm, tmp_path, monk
     scored, score_wire = [], stage1.score_wire
     monkeypatch.setattr(stage1, "score_wire", lambda wire, *args: scored.append(wire) or score_wire(wire, *args))
     succeed(stage1, *QUICK, "--model", random_llm, "--code-dim", "8", "--out", tmp_path)
-    assert [wire.width for wire in scored] == [8, 8, 32]  # PCA inverse, untrained codebook, identity
-    assert [wire.adapter.kind for wire in scored] == ["linear", "codebook", "linear"]
+    assert [wire.width for wire in scored] == [8, 8, 8, 32]  # fitted, trained, PCA inverse, identity
+    assert [wire.adapter.kind for wire in scored] == ["mlp", "mlp", "linear", "linear"]
     ids = list(range(0, 4096, 3))
     rebuilt = scored[-1].receive(scored[-1].send(Prompt("", ids, False)))
     torch.testing.assert_close(rebuilt, scored[-1].reader.table[ids], atol=1e-6, rtol=1e-4)
