@@ -75,7 +75,7 @@ CONFIG = dict(
 )
 FIXED_BY_WIRE = ("model", "data", "code_dim", "adapter")  # --eval-only reads these from the wire
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.0  # few steps: a shorter memory; the PCA inverse must not be pulled towards zero
-HIDDEN = 512  # numbers of the mlp's hidden layer
+HIDDEN = 512  # numbers of each of the mlp's hidden layers
 FIT_STEPS, FIT_TOKENS, FIT_LR = 5, 1024, 1e-2  # of part 1: its steps for each of part 2, tokens of one, peak rate
 SMALL = 8192  # tokens: a codebook blends all of a vocabulary up to this size
 
@@ -106,7 +106,7 @@ class Adapter(nn.Module):
     """The part that is trained. All three kinds start from the PCA and end in the same operator, kernels/adapter.py.
 
     linear    y = z A + b, started at the PCA inverse
-    mlp       + a hidden layer whose output starts at zero, then fitted to the embeddings
+    mlp       + two hidden layers whose output starts at zero, then fitted to the embeddings
     codebook  a table of tokens: y = softmax(-|z - keys|^2 * sharpness / 2) @ table. keys [V,k] start at every token's
               code, the values are the LLM's frozen embedding table. Its output is always a mixture of real embeddings.
               Here it does little more than look the token up again; in stage 2, where codes are noisy, it decodes.
@@ -133,7 +133,7 @@ class Adapter(nn.Module):
             self.weight = nn.Parameter(pca.components.T * code_scale / table_rms)  # [k,d]
             self.bias = nn.Parameter(pca.mean / table_rms)  # [d]
         if kind == "mlp":
-            self.hidden = nn.Linear(k, HIDDEN)
+            self.hidden1, self.hidden2 = nn.Linear(k, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
             self.weight2 = nn.Parameter(torch.zeros(HIDDEN, d))
 
     def forward(self, codes: Tensor, target_rms: Tensor) -> Tensor:
@@ -145,7 +145,9 @@ class Adapter(nn.Module):
             blend = torch.softmax(self.scores(z, keys), dim=-1).to(table.dtype)
             return adapt(blend, table, table.new_zeros(table.shape[1]), target_rms).float()
         if self.kind == "mlp":
-            z = torch.cat([z, F.gelu(self.hidden(z))], dim=1)  # [N, k+HIDDEN]
+            hidden = F.gelu(self.hidden1(z))
+            hidden = hidden + F.gelu(self.hidden2(hidden))
+            z = torch.cat([z, hidden], dim=1)  # [N, k+HIDDEN]
             return adapt(z, torch.cat([self.weight, self.weight2]), self.bias, target_rms)
         return adapt(z, self.weight, self.bias, target_rms)
 
@@ -250,17 +252,22 @@ def step_losses(wire: Wire, batch: Batch, targets: int, sent_tokens: int, varian
 def fit_to_embeddings(wire: Wire, frequency: Tensor, variance: Tensor, steps: int, seed: int) -> None:
     """Part 1 of the training: the adapter learns to decode tokens, drawn by their frequency [V], without the LLM."""
     adapter, table = wire.adapter, wire.reader.table
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=FIT_LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    matrices = [p for p in adapter.parameters() if p.ndim == 2]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=FIT_LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),  # half of Adam's error
+        torch.optim.AdamW([p for p in adapter.parameters() if p.ndim == 1], lr=FIT_LR, weight_decay=0.0),
+    ]
     generator = torch.Generator(table.device).manual_seed(seed)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = FIT_LR * (1 - step / steps)
         ids = torch.multinomial(frequency, FIT_TOKENS, replacement=True, generator=generator)
         decoded = adapter(wire.codes[ids], wire.target_rms(ids))
         loss = (decoded - table[ids]).square().mean() / variance
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = FIT_LR * min(1.0, (step + 1) / 50, 1 - step / steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     print(f"fitted to the embeddings alone: MSE / variance {loss.item():.3f}", flush=True)
 
 

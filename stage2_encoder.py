@@ -81,8 +81,6 @@ REACH = LAYERS * (KERNEL // 2)  # bytes that a byte sees on each side
 WEIGHTS = {"end": 10, "mse": 1, "token": 1, "ce": 1}  # of the losses; a wrong end costs a token on each side of it
 ABLATIONS = {  # --without -> the losses that go with it
     "code-target": ("mse", "token"),
-    "boundary-target": ("end", "mse", "token"),  # a token is then 3 bytes, about one of the embedded readers
-    "stage1-adapter": ("token",),  # its keys are then random and to be learned: no target
     "pca": (),  # any k orthonormal directions instead of those of most variance
 }
 CODEBOOKS = "tiny/wires/stage1-codebook", "tiny/wires/stage1-codebook-qwen"
@@ -145,7 +143,6 @@ class Wire:
         self.reader, self.encoder, self.adapter = reader, encoder, adapter
         self.prefix_codes, self.constant_rms = prefix_codes, rms  # [P,k], scalar
         self.code_scale = adapter.code_scale
-        self.fixed_length = 0  # in an ablation: bytes a token, instead of predicted ends
 
     @torch.no_grad()
     def segment(self, text: str) -> tuple[Tensor, Tensor]:
@@ -153,8 +150,6 @@ class Wire:
         data = to_bytes([text], self.reader.device)
         logits, features = self.encoder(data)  # [1,N], [1,N,C]
         is_end = logits[0] > 0
-        if self.fixed_length:
-            is_end = (torch.arange(data.shape[1], device=data.device) + 1) % self.fixed_length == 0
         is_end[-1] = True
         return is_end.nonzero()[:, 0] + 1, self.encoder.code(features[0, is_end]) * self.code_scale
 
@@ -284,13 +279,9 @@ def answer_loss(wire: Wire, rows: list[dict], batch: Batch, targets: int) -> Ten
     real = data < 256
     line, real_line = pack_texts(data, real)
     logits, features = wire.encoder(line)
-    if wire.fixed_length:
-        is_end = (torch.arange(data.shape[1], device=data.device) + 1) % wire.fixed_length == 0
-        is_end = is_end & real
-    else:
-        known, is_end, _ = known_targets(reader, texts, data)
-        found = torch.zeros_like(real).masked_scatter(real, logits[real_line] > 0)
-        is_end = torch.where(known.any(1, keepdim=True), is_end, found)
+    known, is_end, _ = known_targets(reader, texts, data)
+    found = torch.zeros_like(real).masked_scatter(real, logits[real_line] > 0)
+    is_end = torch.where(known.any(1, keepdim=True), is_end, found)
     is_end[torch.arange(len(data), device=data.device), real.sum(1) - 1] = True
     counts = is_end.sum(1).tolist()
     codes = (wire.encoder.code(features[real_line][is_end[real]]) * wire.code_scale).split(counts)  # [L,k] each
@@ -380,18 +371,13 @@ def main() -> None:
     table_codes = project(reader.table, mean, components).to(torch.float16).float()  # [V,k]
     pca, ones = PCA(mean, components, torch.ones(d)), torch.ones(vocabulary, device=device)
     adapter = Adapter(below.config["adapter"], pca, reader, table_codes, ones).to(device)
-    if saved or without not in ("pca", "stage1-adapter"):
+    if saved or without != "pca":
         load_module(adapter, "adapter.", below.tensors, below.name)
-    elif without == "stage1-adapter":
-        for parameter in adapter.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=parameter.std().item())
     prefix_codes = saved.tensors["prefix_codes"].to(device) if saved else table_codes[prefix_ids(reader)]
     encoder = Encoder(k).to(device)
     if saved:
         load_module(encoder, "encoder.", saved.tensors, saved.name)
     wire = Wire(reader, encoder, adapter, prefix_codes, rms)
-    wire.fixed_length = 3 if without == "boundary-target" else 0
     out = open_out(args.out)
     trained_parameters = sum(p.numel() for p in encoder.parameters())
     print(f"encoder: {trained_parameters:,} trained parameters, a byte sees {REACH} on each side", flush=True)
@@ -400,7 +386,7 @@ def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # training
     dropped = ABLATIONS.get(without, ())
-    always_through_llm = without in ("stage1-adapter", "code-target", "boundary-target")
+    always_through_llm = without == "code-target"
     parameters = [*encoder.parameters(), *adapter.parameters()]
     groups = [{"params": encoder.parameters()}, {"params": adapter.parameters()}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
@@ -417,7 +403,7 @@ def main() -> None:
         optimizer.param_groups[1]["lr"] = args.lr * warmth * (1.0 if always_through_llm else 0.1 * through_llm)
         rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
         parts = micro_batches(rows, args.micro_batch_size)
-        known = [] if "end" in dropped else step_targets(reader, parts, random.Random(f"{args.seed}-{step}-0"))
+        known = step_targets(reader, parts, random.Random(f"{args.seed}-{step}-0"))
         batches = [make_batch(reader, part) for part in parts] if through_llm else []
         # losses are means over the whole step, so that the micro-batch size changes nothing
         real_bytes = max(1, sum(int(real.sum()) for _, real, _, _ in known))
@@ -425,8 +411,7 @@ def main() -> None:
         targets = sum(len(batch.targets) for batch in batches)
         for number, part in my_share(enumerate(parts)):  # all of them, unless torchrun started several processes
             losses = dict.fromkeys(WEIGHTS, 0.0)
-            if known:
-                losses |= encoder_losses(wire, known[number], table_codes, real_bytes, tokens, "mse" not in dropped)
+            losses |= encoder_losses(wire, known[number], table_codes, real_bytes, tokens, "mse" not in dropped)
             if through_llm:
                 losses["ce"] = answer_loss(wire, part, batches[number], targets)
             losses |= dict.fromkeys(dropped, 0.0)

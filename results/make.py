@@ -21,7 +21,7 @@ BLOCKS = {
     HERE / "README.md": (
         "readers-scores readers-depth stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity "
         "stage1-adapters stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights "
-        "stage3-message stage3-direct stage3-direct-ablations stage3-ablations stage3-harder kernels-operator "
+        "stage3-message stage3-direct stage3-ablations stage3-harder kernels-operator "
         "kernels-codebook kernels-compiled scale-dry scale-steps"
     ),
 }
@@ -105,10 +105,9 @@ def message_rows(carries: str) -> list[dict]:
     return grouped(runs, "model")
 
 
-def direct_runs(steps: int = 1600) -> list[dict]:
-    """Stage 3 with a direct receiver: after the 1,600 steps of its second training, or after so many."""
-    runs = [run for run in STAGE3 if run.get("receiver") == "direct" and run["steps"] == steps]
-    return in_order(runs, "model", "rate")
+def direct_runs() -> list[dict]:
+    """Stage 3 with a direct receiver."""
+    return in_order([run for run in STAGE3 if run.get("receiver") == "direct"], "model", "rate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,9 +310,7 @@ def stage2_ablations() -> list[str]:
     left_out = {
         "tiny-seed0": "nothing",
         "tiny-without-nothing": "nothing, at a learning rate of 1e-3",
-        "tiny-without-boundary-target": "boundary and code targets",
         "tiny-without-code-target": "code target",
-        "tiny-without-stage1-adapter": "stage 1 adapter",
         "tiny-without-llm-steps": "LLM steps",
         "tiny-without-pca": "PCA",
     }
@@ -364,16 +361,6 @@ def stage3_direct() -> list[str]:
     columns |= {"keys and values, KB (unpacked)": prefill("kv_bytes", 1e3)}
     columns |= {"text to first token, ms (unpacked)": prefill("ms", 1)}
     return table(direct_runs(), columns | COMMAND)
-
-
-def stage3_direct_ablations() -> list[str]:
-    learns_from = {
-        "direct-short": "the answer, the teacher's answer, the teacher's states",
-        "direct-short-without-states": "the answer, the teacher's answer",
-        "direct-short-without-teacher": "the answer",
-    }
-    columns = {"learns from": lambda row: learns_from[row["file"]], "F1 through the wire": "{f1:.1f}"}
-    return table(named(STAGE3, *learns_from), columns | RETENTION | COMMAND)
 
 
 def stage3_ablations() -> list[str]:
