@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tiny.values import Maker, an, held_out, nonce
+from tiny.values import Maker, an, held_out, nonce, words
 
 RELATIONS = Path(__file__).with_name("relations.txt")
 Questions = list[tuple[str, str]]  # (question, answer)
@@ -206,11 +206,21 @@ def make_fact(maker: Maker, relation: Relation, subject: Subject, fresh: bool) -
 
 
 def nonce_words(relation: Relation, rng: random.Random) -> tuple[str, ...]:
-    """The words of a relation that does not exist: ("grimp", "grimped", "grimped") or ("grimp",)."""
-    word = nonce(rng)
+    """The words of a relation that does not exist: ("grimp", "grimped", "grimped"), or ("kettle",) of a person."""
+    word = nonce(rng) if rng.random() < 0.6 else rng.choice(ordinary_words())
     if relation.kind == "noun":
         return (word,)
-    return (word, word + "ed", "-" if relation.words[2] == "-" else word + "ed")
+    past = word + ("d" if word.endswith("e") else "ed")
+    return (word, past, "-" if relation.words[2] == "-" else past)
+
+
+@functools.cache
+def ordinary_words() -> list[str]:
+    """Lower-case words of words.txt that no relation has, in the order of the file."""
+    text = " ".join(item for items in words().values() for item in items)
+    taken = {word for unseen in (False, True) for relation in relations(unseen) for word in relation.words}
+    taken = {word for said in taken for word in said.split()}
+    return [word for word in dict.fromkeys(re.findall(r"\b[a-z]{3,}\b", text)) if word not in taken]
 
 
 def fill(maker: Maker, preposition: str, kind: str, tense: str) -> Slot:

@@ -82,10 +82,12 @@ CODAS = "b ck d ft g lb lk m mp nd nk p rb rk rp sk st t zz".split()
 
 
 def nonce(rng: random.Random) -> str:
-    """A word that does not exist: "grimp", "snolanzz"."""
-    onset, vowel = rng.choice(ONSETS), rng.choice(VOWELS)
-    middle = rng.choice("lnr") + rng.choice(VOWELS)
-    return onset + vowel + rng.choice(("", middle)) + rng.choice(CODAS)
+    """A word that does not exist: "grimp", "snolanzz", "corvimond"."""
+    if rng.random() < 0.5:
+        onset, vowel = rng.choice(ONSETS), rng.choice(VOWELS)
+        middle = rng.choice("lnr") + rng.choice(VOWELS)
+        return onset + vowel + rng.choice(("", middle)) + rng.choice(CODAS)
+    return (rng.choice(STARTS) + rng.choice(("", rng.choice(MIDDLES))) + rng.choice(ENDS)).lower()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
