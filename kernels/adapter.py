@@ -16,13 +16,14 @@ for 8,192 tokens from codes and 87 from x. An eager implementation passes over [
 
 Which form where (`choose_form`; by arithmetic, no GPU has measured it):
 
-    the table's projection, stages 1-3     fused, k <= 512: x -> codes, once for the V tokens of the vocabulary
+    the table's projection, stages 1-3     fused: x -> codes, once for the V tokens of the vocabulary
     linear adapter of a small reader       fused: its weight [24, 192] has 18 KB; codes gathered by token id
     linear adapter of llama-7b             library: 900 tokens are 15 programs of the fused kernel for 132
                                            multiprocessors, and each would read 8 MB of weight
     mlp, codebook                          library. mlp: y = [z, hidden layer] @ [weight; weight2] + bias, 512 wider.
                                            codebook: its softmax over n tokens @ their embeddings, so k is n
-    `reconstruct`, x -> out in one         fused from 8,192 tokens on: two matmuls and a norm take at best 1.3x as long
+    `reconstruct`, x -> out in one         fused from 8,192 tokens on, in halves: two matmuls and a norm take 1.3x as
+                                           long at most
 
 At llama-7b (2,048 tokens, 900 different ones, a step of 100 ms) all of it is 0.1 to 0.3% of a step: what counts is that
 it is right. Two levers need no kernel: x is a row of a frozen table, so its codes are a table [V, k] made once; a token
@@ -102,7 +103,7 @@ def _on_triton(tensor: Tensor) -> bool:
     return interpret_on_cpu
 
 
-WIDEST = 512  # k: z [16, 512] and its tiles of the weight in float32 are the most that 99 KB of shared memory hold
+WIDEST = {2: 512, 4: 64}  # k by bytes a number: z must stay on the chip; three TF32 products for one float32 spill it
 # A multiprocessor reads 64 bytes a clock, about 110 GB/s on an H200: 128 KiB in 1.2 us, what a second launch costs
 SMALL_WEIGHT = 128 * 1024
 FULL_GRID = 8192  # tokens: 64 a program, so about one program for each of 132 multiprocessors
@@ -111,7 +112,7 @@ FULL_GRID = 8192  # tokens: 64 a program, so about one program for each of 132 m
 def choose_form(N: int, d: int, k: int, itemsize: int, from_x: bool = False) -> str:
     """Which of the two forms computes [N, d] fastest on CUDA. By arithmetic: no GPU has measured it."""
     worth_it = d * k * itemsize <= SMALL_WEIGHT or (from_x and N >= FULL_GRID)
-    return "fused" if k <= WIDEST and worth_it else "library"
+    return "fused" if k <= WIDEST[itemsize] and worth_it else "library"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def _backward(ctx, g, _):
 
 
 def _project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
-    if _on_triton(x) and components.shape[1] <= WIDEST:
+    if _on_triton(x):
         return fused.fused(x, None, None, mean, components, None, None, None, EPS)[0]
     return (x - mean) @ components
 

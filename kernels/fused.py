@@ -1,7 +1,8 @@
 """The operator's three Triton kernels and their launches: one that fuses all of it, one norm, one backward.
 
 adapter.py has the equation, and imports this where Triton runs. BM rows (tokens) by BN of the d columns at a time; BK
-holds all of k. Loads outside a matrix give 0. Rows are counted in 64 bits, because N d may exceed 2^31.
+holds all of the k codes, unless they are the output. Loads outside a matrix give 0. Rows are counted in 64 bits,
+because N d may exceed 2^31.
 
 An argument that is None is left out when a kernel is compiled, and with it the code under `if ... is None`. N is not
 specialised: every batch has another, and a new kernel in mid-training would take seconds.
@@ -43,33 +44,34 @@ def _round(x, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["N"])
 def _fused_kernel(
     x, ids, code_scale, mean, components, weight, bias, target, out, scale,
-    N, d, k, eps, x_row, x_col, weight_row, weight_col, target_row,
+    N, d, k, eps, x_row, x_col, components_row, weight_row, weight_col, target_row,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """z = (x - mean) @ components, out = z @ weight + bias scaled to its target: BM tokens, all d columns.
 
-    components [d, BK], with zeros behind k; None: x are codes [N, k], divided by code_scale. With ids, token i reads
-    row ids[i] of x. weight None: out are the codes. z stays on the chip. y is stored while its squares are summed, and
-    the same program then scales its rows, which come back from the L2 cache.
+    components have zeros behind column k; None: x are codes [N, k], divided by code_scale. With ids, token i reads row
+    ids[i] of x. weight None: out are the codes, BK columns a program. z stays on the chip. y is stored while its
+    squares are summed, and the same program then scales its rows, which come back from the L2 cache.
     """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = rows < N
     source = rows if ids is None else tl.load(ids + rows, mask=live, other=0).to(tl.int64)
-    inner = tl.arange(0, BK)
+    inner = tl.program_id(1) * BK + tl.arange(0, BK)
     if components is None:
-        inside = live[:, None] & (inner[None, :] < k)
-        z = tl.load(x + source[:, None] * x_row + inner[None, :] * x_col, mask=inside, other=0.0)
+        mask = live[:, None] & (inner[None, :] < k)
+        z = tl.load(x + source[:, None] * x_row + inner[None, :] * x_col, mask=mask, other=0.0)
         if code_scale is not None:
             z = _round(z.to(tl.float32) / tl.load(code_scale).to(tl.float32), x.dtype.element_ty)
     else:
         z = tl.zeros((BM, BK), tl.float32)
         for start in range(0, d, BN):
             columns = start + tl.arange(0, BN)
-            inside = live[:, None] & (columns[None, :] < d)
-            part = tl.load(x + source[:, None] * x_row + columns[None, :] * x_col, mask=inside, other=0.0)
+            x_mask = live[:, None] & (columns[None, :] < d)
+            part = tl.load(x + source[:, None] * x_row + columns[None, :] * x_col, mask=x_mask, other=0.0)
             centre = tl.load(mean + columns, mask=columns < d, other=0.0)
             part = _round(part.to(tl.float32) - centre.to(tl.float32)[None, :], x.dtype.element_ty)
-            basis = tl.load(components + columns[:, None] * BK + inner[None, :], mask=columns[:, None] < d, other=0.0)
+            at = components + columns[:, None] * components_row + inner[None, :]
+            basis = tl.load(at, mask=columns[:, None] < d, other=0.0)
             z = _dot(part, basis, z, PRECISION)
         z = _round(z, x.dtype.element_ty)  # what the wire would carry
 
@@ -79,23 +81,23 @@ def _fused_kernel(
         squares = tl.zeros((BM,), tl.float32)
         for start in range(0, d, BN):
             columns = start + tl.arange(0, BN)
-            inside = (inner[:, None] < k) & (columns[None, :] < d)
-            part = tl.load(weight + inner[:, None] * weight_row + columns[None, :] * weight_col, mask=inside, other=0.0)
-            y = _dot(z, part, tl.zeros((BM, BN), tl.float32), PRECISION)
+            at = weight + inner[:, None] * weight_row + columns[None, :] * weight_col
+            block = tl.load(at, mask=(inner[:, None] < k) & (columns[None, :] < d), other=0.0)
+            y = _dot(z, block, tl.zeros((BM, BN), tl.float32), PRECISION)
             y += tl.load(bias + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
             squares += tl.sum(y * y, axis=1)
-            inside = live[:, None] & (columns[None, :] < d)
-            tl.store(out + rows[:, None] * d + columns[None, :], _round(y, out.dtype.element_ty), mask=inside)
+            out_mask = live[:, None] & (columns[None, :] < d)
+            tl.store(out + rows[:, None] * d + columns[None, :], _round(y, out.dtype.element_ty), mask=out_mask)
 
         s = tl.load(target + rows * target_row, mask=live, other=0.0) * tl.rsqrt(squares / d + eps)
         tl.store(scale + rows, s, mask=live)
         tl.debug_barrier()  # the threads of a program read what others of it have stored
         for start in range(0, d, BN):
             columns = start + tl.arange(0, BN)
-            inside = live[:, None] & (columns[None, :] < d)
-            y = tl.load(out + rows[:, None] * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+            out_mask = live[:, None] & (columns[None, :] < d)
+            y = tl.load(out + rows[:, None] * d + columns[None, :], mask=out_mask, other=0.0).to(tl.float32)
             y = _round(y * s[:, None], out.dtype.element_ty)
-            tl.store(out + rows[:, None] * d + columns[None, :], y, mask=inside)
+            tl.store(out + rows[:, None] * d + columns[None, :], y, mask=out_mask)
 
 
 @triton.jit
@@ -140,13 +142,15 @@ def _unmatch_rms_kernel(g, out, target, scale, dy, d, g_row, g_col, out_row, tar
 # these launches for sm_80, sm_89 and sm_90 and counts registers.
 
 
-def _tiles(k: int, like: Tensor) -> dict[str, int]:
-    """Of the fused kernel: the largest blocks of which z [BM, BK] and two of weight [BK, BN] fit into shared memory."""
+def _tiles(k: int, like: Tensor, to_codes: bool) -> dict[str, int]:
+    """Of the fused kernel. z [BM, BK] and two blocks of the weight [BK, BN] must fit into shared memory."""
     BK = max(16, triton.next_power_of_2(k))  # tensor cores multiply 16 at a time
-    for BM, BN in ((64, 64), (64, 32), (32, 32), (32, 16), (16, 16)):
-        if (BM + 2 * BN) * BK * like.itemsize <= _shared_bytes(like):
-            return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8 if BM * BK >= 2**14 else 4, "num_stages": 2}
-    raise ValueError(f"codes of {k} numbers are too wide for the fused kernel")
+    if to_codes:
+        return {"BM": 64, "BN": 128 // like.itemsize, "BK": min(128, BK), "num_warps": 8, "num_stages": 3}
+    for BM, BN in ((64, 64), (64, 32), (32, 32)):
+        if (BM + 2 * BN) * BK * like.itemsize <= _shared_bytes(like) - 2048:
+            break
+    return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8 if BK * like.itemsize >= 256 else 4, "num_stages": 2}
 
 
 def _shared_bytes(like: Tensor) -> int:
@@ -157,7 +161,7 @@ def _shared_bytes(like: Tensor) -> int:
 
 
 def _row_tile(d: int) -> dict[str, int]:
-    return {"BN": min(4096, triton.next_power_of_2(d)), "num_warps": 8 if d > 1024 else 4}
+    return {"BN": min(4096, triton.next_power_of_2(d)), "num_warps": 8 if d > 1024 else 4, "num_stages": 1}
 
 
 def _precision() -> str:
@@ -187,16 +191,17 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tenso
 def fused(x, ids, code_scale, mean, components, weight, bias, target, eps: float) -> tuple[Tensor, Tensor | None]:
     """(out, scale) of adapter.py's equation from x, from codes if components is None; (codes, None) without weight."""
     k, width = (components.shape[1],) * 2 if weight is None else weight.shape
-    x, tiles, N = _near(x), _tiles(k, x), len(x) if ids is None else len(ids)
+    x, tiles, N = _near(x), _tiles(k, x, weight is None), len(x) if ids is None else len(ids)
     out, scale = _empty(x, N, width), None if weight is None else _empty(x, N, 1, dtype=torch.float32)
     ids, mean, bias = (None if vector is None else vector.contiguous() for vector in (ids, mean, bias))
     if components is not None:
-        components = F.pad(components, (0, tiles["BK"] - k))  # whole, aligned rows: k 100 would load number by number
+        components = F.pad(components, (0, -k % tiles["BK"]))  # aligned rows: k 100 would load number by number
     with _on_device(x):
-        _fused_kernel[(triton.cdiv(N, tiles["BM"]),)](
+        _fused_kernel[(triton.cdiv(N, tiles["BM"]), triton.cdiv(k, tiles["BK"]))](
             x, ids, code_scale, mean, components, weight, bias, target, out, scale,
             N, x.shape[1] if weight is None else width, k, eps, *x.stride(),
-            *((0, 0) if weight is None else weight.stride()), _row_stride(target), PRECISION=_precision(), **tiles,
+            0 if components is None else components.stride(0), *((0, 0) if weight is None else weight.stride()),
+            _row_stride(target), PRECISION=_precision(), **tiles,
         )  # fmt: skip
     return out, scale
 
