@@ -10,12 +10,14 @@ goes line by line into NAME-parts.jsonl; what a benchmark has measured is kept, 
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -49,13 +51,13 @@ def parts_on_a_gpu(gpu: str, sizes: list[str], no_compile: bool) -> list[Part]:
         for k in ("512", "1024"):
             bench = [python, "kernels/bench.py", "--dtype", dtype, "--code-dim", k, "--repeats", "20"]
             bench += ["--sizes", *sizes] + ["--no-compile"] * no_compile
-            parts.append(Part(f"forms {dtype} {k}", 30 if no_compile else 90, bench, f"{gpu}-{dtype}-{k}.json"))
+            parts.append(Part(f"forms {dtype} {k}", 30 if no_compile else 45, bench, f"{gpu}-{dtype}-{k}.json"))
     for kind in ("linear", "mlp", "codebook"):
         step = [python, "stage1_pca_adapter.py", "--model", "llama-7b", "--random-weights", "--steps", "10"]
         parts.append(Part(f"step {kind}", 40, [*step, "--adapter", kind]))
     check = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *tests, "strided"]
     # torch's allocator hands out parts of large blocks: a read behind the end of a tensor would stay inside its block
-    parts.append(Part("memcheck", 120, check, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    parts.append(Part("memcheck", 90, check, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     return parts
 
 
@@ -84,20 +86,21 @@ def execute(part: Part, seconds: float) -> tuple[str, str]:
     if shutil.which(part.command[0]) is None:
         return f"{part.command[0]} is not installed", ""
     print("$", *part.command, flush=True)
+    environment = os.environ | part.environment
     process = subprocess.Popen(
-        part.command, cwd=ROOT, env=os.environ | part.environment, stdout=subprocess.PIPE, text=True
+        part.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
+    ended = None
     try:
         output, _ = process.communicate(timeout=seconds)
-        return ("ok" if process.returncode == 0 else f"exit code {process.returncode}"), output
     except subprocess.TimeoutExpired:
-        process.terminate()
-        try:
-            output, _ = process.communicate(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-        return f"stopped after {seconds:.0f} s", output
+        ended = f"stopped after {seconds:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and its workers, which would disturb the next part
+    if ended:
+        output, _ = process.communicate()
+    return ended or ("ok" if process.returncode == 0 else f"exit code {process.returncode}"), output
 
 
 def run_parts(
