@@ -166,11 +166,20 @@ class Adapter(nn.Module):
         """
         if len(self.keys) <= SMALL:
             return slice(None)
-        weight = torch.zeros_like(self.keys[:, 0])
+        keys, dtype = self.keys, self.table.dtype
+        tokens = torch.arange(len(keys), device=keys.device)
+        if dtype != torch.float32:  # a first look in the LLM's dtype costs a GPU a tenth; scores are a few units off
+            tokens = tokens[self.weigh(z.to(dtype), keys.to(dtype), 1e-20)]
+            keys = keys[tokens]
+        return tokens[self.weigh(z, keys, 1e-10)]
+
+    def weigh(self, z: Tensor, keys: Tensor, least: float) -> Tensor:
+        """[n]: has a key a weight above `least` in any of the codes?"""
+        weight = torch.zeros(len(keys), device=z.device)
         for part in z.split(1024):
-            weight = torch.maximum(weight, torch.softmax(self.scores(part, self.keys), dim=-1).amax(0))
+            weight = torch.maximum(weight, torch.softmax(self.scores(part, keys).float(), dim=-1).amax(0))
         # NaN compares false with everything: a NaN code selects every token, and its output is NaN, as it should be
-        return (~(weight <= 1e-10)).nonzero()[:, 0]
+        return ~(weight <= least)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
