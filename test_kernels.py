@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 from kernels import adapter
-from kernels.adapter import EPS, adapt, match_rms, project, reconstruct, reference
+from kernels.adapter import EPS, adapt, project, reconstruct, reference
 
 HERE = Path(__file__).resolve().parent
 NATIVE = adapter.HAVE_TRITON and torch.cuda.is_available()
@@ -298,7 +298,7 @@ def test_a_target_of_zero(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_rows_and_zero_rows_in_half_precision(dtype):
     y = torch.tensor([[3e-4, -3e-4], [0.0, 0.0], [6e4, 6e4]], dtype=dtype)  # their squares leave float16 on both sides
-    out = match_rms(y, 0.5).to(dtype)
+    out = (y * adapter._row_scale(y, 0.5)).to(dtype)
     torch.testing.assert_close(out, torch.tensor([[0.5, -0.5], [0.0, 0.0], [0.5, 0.5]], dtype=dtype))
 
 
@@ -327,6 +327,25 @@ def test_project_and_reconstruct(device, rows, d, k, dtype):
     assert_as_good_as_torch(
         reconstruct(*tensors), reference(x, mean, components, weight, bias, target), reference(*cpu)
     )
+
+
+@pytest.mark.parametrize("k", (16, 24))
+def test_components_that_are_a_transposed_view(device, k):
+    """Those of a singular value decomposition are; k 16 fills a block, and is not padded."""
+    x, mean, components, weight, bias, target = embeddings(17, 64, k, torch.float32, device)
+    view = components.T.contiguous().T
+    torch.testing.assert_close(project(x, mean, view), project(x, mean, components))
+    wanted = reconstruct(x, mean, components, weight, bias, target)
+    torch.testing.assert_close(reconstruct(x, mean, view, weight, bias, target), wanted)
+
+
+def test_gradients_from_embeddings(device):
+    x, mean, components, weight, bias, target = embeddings(17, 64, 8, torch.float32, device)
+    wanted = gradients(
+        lambda *pair: adapt(project(x, mean, components), *pair), (weight, bias), target, x, (True, True)
+    )
+    got = gradients(lambda *pair: reconstruct(x, mean, components, *pair), (weight, bias), target, x, (True, True))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_project_then_pca_inverse_is_the_identity_at_full_width():
@@ -446,13 +465,13 @@ def test_opcheck(monkeypatch, device, dtype):
     flat = target[:, 0].float()
     leaves = [tensor.clone().requires_grad_() for tensor in (codes, weight, bias)]
     op = torch.ops.latentwire
-    torch.library.opcheck(op.adapt, (*leaves, flat, None, None))
-    torch.library.opcheck(op.adapt, (codes, *leaves[1:], flat[:3], ids, scale))
-    out, scale = op.adapt(codes, weight, bias, flat, None, None)
+    torch.library.opcheck(op.adapt, (*leaves, flat, None, None, None, None))
+    torch.library.opcheck(op.adapt, (codes, *leaves[1:], flat[:3], ids, scale, None, None))
+    out, scale = op.adapt(codes, weight, bias, flat, None, None, None, None)
     torch.library.opcheck(op.adapt_backward, (torch.ones_like(out), out, flat, scale))
     x, mean, components, *_ = embeddings(17, 64, 8, dtype, device)
     torch.library.opcheck(op.project, (x, mean, components))
-    torch.library.opcheck(op.reconstruct, (x, mean, components, weight, bias, flat[:1]))
+    torch.library.opcheck(op.adapt, (x, *leaves[1:], flat[:1], None, None, mean, components))
 
 
 def test_compile_fullgraph(device):

@@ -68,13 +68,8 @@ def reference(x: Tensor, mean: Tensor, components: Tensor, weight: Tensor, bias:
 # plain torch: CPU, MPS, float64; and what the library does best on CUDA
 
 
-def match_rms(y: Tensor, target_rms: Tensor | float) -> Tensor:
-    """Scale each row of y [N, d] to the RMS `target_rms` (a scalar, or [N, 1] one per row). Zero rows stay zero."""
-    return y * _row_scale(y, target_rms)
-
-
 def _row_scale(y: Tensor, target_rms: Tensor | float) -> Tensor:
-    """[N, 1], in float32 at least: a square of 1e-3 does not fit into float16, nor does EPS."""
+    """What scales each row of y [N, d] to its target: [N, 1], in float32 at least, for float16 cannot hold EPS."""
     wide = torch.promote_types(y.dtype, torch.float32)
     # vector_norm reads y once and stores N numbers; square().mean() would store [N, d] on the way: 14x slower on a CPU
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True, dtype=wide)
@@ -119,29 +114,41 @@ def choose_form(N: int, d: int, k: int, itemsize: int, from_x: bool = False) -> 
 # forward and backward
 
 
-def _gather(codes: Tensor, ids: Tensor | None, code_scale: Tensor | None) -> Tensor:
+def _project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
+    if _on_triton(x):
+        return fused.fused(x, None, None, mean, components, None, None, None, EPS)[0]
+    return (x - mean) @ components
+
+
+def _codes(x: Tensor, ids: Tensor | None, code_scale: Tensor | None, mean: Tensor | None, components: Tensor | None):
     """z [N, k]."""
-    z = codes if ids is None else codes[ids]
+    if components is not None:
+        return _project(x, mean, components)
+    z = x if ids is None else x[ids]
     return z if code_scale is None else z / code_scale
 
 
 def _adapt(
-    codes: Tensor, weight: Tensor, bias: Tensor, target: Tensor, ids: Tensor | None, code_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """target: [1] or [N], float32 at least. Returns out [N, d] and its scale [N, 1], which the backward needs."""
-    (k, d), N = weight.shape, len(codes if ids is None else ids)
-    if _on_triton(codes) and N and choose_form(N, d, k, codes.itemsize) == "fused":
-        return fused.fused(codes, ids, code_scale, None, None, weight, bias, target, EPS)
-    y = torch.addmm(bias, _gather(codes, ids, code_scale), weight)
+    x: Tensor, weight: Tensor, bias: Tensor, target: Tensor,
+    ids: Tensor | None, code_scale: Tensor | None, mean: Tensor | None, components: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x: codes if there are no components; target: [1] or [N], float32 at least.
+
+    Returns out [N, d] and its scale [N, 1], which the backward needs.
+    """
+    (k, d), N, from_x = weight.shape, len(x if ids is None else ids), components is not None
+    if _on_triton(x) and N and choose_form(N, d, k, x.itemsize, from_x) == "fused":
+        return fused.fused(x, ids, code_scale, mean, components, weight, bias, target, EPS)
+    y = torch.addmm(bias, _codes(x, ids, code_scale, mean, components), weight)
     if _on_triton(y):
         return y, fused.match_rms_(y, target, EPS)
     scale = _row_scale(y, target[:, None])
     return y.mul_(scale), scale
 
 
-def _adapt_fake(codes, weight, bias, target, ids, code_scale):
-    N = (codes if ids is None else ids).shape[0]
-    return codes.new_empty(N, weight.shape[1]), codes.new_empty(N, 1, dtype=target.dtype)
+def _adapt_fake(x, weight, bias, target, ids, code_scale, mean, components):
+    N = (x if ids is None else ids).shape[0]
+    return x.new_empty(N, weight.shape[1]), x.new_empty(N, 1, dtype=target.dtype)
 
 
 def _adapt_backward(g: Tensor, out: Tensor, target: Tensor, scale: Tensor) -> Tensor:
@@ -156,45 +163,29 @@ def _adapt_backward(g: Tensor, out: Tensor, target: Tensor, scale: Tensor) -> Te
 
 
 def _setup_context(ctx, inputs, output):
-    codes, weight, _, target, ids, code_scale = inputs
-    ctx.save_for_backward(*output, codes, weight, target, ids, code_scale)
+    x, weight, _, target, *rest = inputs
+    ctx.save_for_backward(*output, target, weight, x, *rest)
 
 
 def _backward(ctx, g, _):
-    out, scale, codes, weight, target, ids, code_scale = ctx.saved_tensors
-    for_codes, for_weight, for_bias, *_ = ctx.needs_input_grad
+    out, scale, target, weight, *source = ctx.saved_tensors
+    for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
     dy = torch.ops.latentwire.adapt_backward(g, out, target, scale)
-    d_codes = dy @ weight.T if for_codes else None
-    d_weight = _gather(codes, ids, code_scale).T @ dy if for_weight else None
-    return d_codes, d_weight, dy.sum(0) if for_bias else None, None, None, None
-
-
-def _project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
-    if _on_triton(x):
-        return fused.fused(x, None, None, mean, components, None, None, None, EPS)[0]
-    return (x - mean) @ components
-
-
-def _reconstruct(x: Tensor, mean: Tensor, components: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    (k, d), N = weight.shape, len(x)
-    if _on_triton(x) and choose_form(N, d, k, x.itemsize, from_x=True) == "fused":
-        return fused.fused(x, None, None, mean, components, weight, bias, target, EPS)[0]
-    return _adapt(_project(x, mean, components), weight, bias, target, None, None)[0]
+    d_codes = dy @ weight.T if for_x else None
+    d_weight = _codes(*source).T @ dy if for_weight else None
+    return d_codes, d_weight, dy.sum(0) if for_bias else None, *[None] * 5
 
 
 # registered with torch.library: torch.compile(fullgraph=True) and CUDA graphs take them whole. `define` and `impl`, not
 # `custom_op`: that one imports torch._dynamo, and with it triton, at the first call (2 s)
 OPERATORS = {
-    "adapt(Tensor codes, Tensor weight, Tensor bias, Tensor target, Tensor? ids, Tensor? code_scale) "
-    "-> (Tensor, Tensor)": (_adapt, _adapt_fake),
+    "adapt(Tensor x, Tensor weight, Tensor bias, Tensor target, Tensor? ids, Tensor? code_scale, Tensor? mean, "
+    "Tensor? components) -> (Tensor, Tensor)": (_adapt, _adapt_fake),
     "adapt_backward(Tensor g, Tensor out, Tensor target, Tensor scale) -> Tensor": (
         _adapt_backward, lambda g, *_: g.new_empty(g.shape),
     ),
     "project(Tensor x, Tensor mean, Tensor components) -> Tensor": (
         _project, lambda x, mean, components: x.new_empty(x.shape[0], components.shape[1]),
-    ),
-    "reconstruct(Tensor x, Tensor mean, Tensor components, Tensor weight, Tensor bias, Tensor target) -> Tensor": (
-        _reconstruct, lambda x, *_: x.new_empty(x.shape),
     ),
 }  # fmt: skip
 if not hasattr(torch.ops.latentwire, "adapt"):  # else this file was imported before, under another name
@@ -274,9 +265,9 @@ def adapt(
     if code_scale is not None and (code_scale.dim() or code_scale.device != codes.device or code_scale.requires_grad):
         raise ValueError(f"code_scale must be a frozen scalar on {codes.device}, not {list(code_scale.shape)}")
     if codes.requires_grad:  # autograd has the gradients of a gather and of a division
-        codes, ids, code_scale = _gather(codes, ids, code_scale), None, None
+        codes, ids, code_scale = _codes(codes, ids, code_scale, None, None), None, None
     target = _flat_target(target_rms, codes, len(codes if ids is None else ids))
-    return torch.ops.latentwire.adapt(codes, weight, bias, target, ids, code_scale)[0]
+    return torch.ops.latentwire.adapt(codes, weight, bias, target, ids, code_scale, None, None)[0]
 
 
 def reconstruct(
@@ -286,10 +277,9 @@ def reconstruct(
 
     Shapes, dtypes and errors as in `project` and `adapt`; differentiable in weight and bias.
     """
-    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
-        return adapt(project(x, mean, components), weight, bias, target_rms)
     _check(
         x=(x, ("N", "d")), mean=(mean, ("d",)), components=(components, ("d", "k")),
         weight=(weight, ("k", "d")), bias=(bias, ("d",)),
     )  # fmt: skip
-    return torch.ops.latentwire.reconstruct(x, mean, components, weight, bias, _flat_target(target_rms, x, len(x)))
+    target = _flat_target(target_rms, x, len(x))
+    return torch.ops.latentwire.adapt(x.detach(), weight, bias, target, None, None, mean, components)[0]

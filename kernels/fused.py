@@ -195,7 +195,7 @@ def fused(x, ids, code_scale, mean, components, weight, bias, target, eps: float
     out, scale = _empty(x, N, width), None if weight is None else _empty(x, N, 1, dtype=torch.float32)
     ids, mean, bias = (None if vector is None else vector.contiguous() for vector in (ids, mean, bias))
     if components is not None:
-        components = F.pad(components, (0, -k % tiles["BK"]))  # aligned rows: k 100 would load number by number
+        components = F.pad(components, (0, -k % tiles["BK"])).contiguous()  # aligned rows, or k 100 loads one by one
     with _on_device(x):
         _fused_kernel[(triton.cdiv(N, tiles["BM"]), triton.cdiv(k, tiles["BK"]))](
             x, ids, code_scale, mean, components, weight, bias, target, out, scale,

@@ -35,6 +35,7 @@ FAULTS = {
     "dropped mean": ("fused.py", "part.to(tl.float32) - centre", "part.to(tl.float32) - 0 * centre"),
     "wrong stride": ("fused.py", "else weight.stride())", "else (width, 1))"),
     "contiguous gradients assumed": ("fused.py", "dy, d, *g.stride()", "dy, d, d, 1"),
+    "contiguous components assumed": ("fused.py", '% tiles["BK"])).contiguous()', '% tiles["BK"]))'),
     "contiguous bias assumed": ("fused.py", "else vector.contiguous() for", "else vector for"),
     "a row's offset in 32 bits": (
         "fused.py",
@@ -58,10 +59,10 @@ FAULTS = {
     "codes not divided": ("fused.py", "z.to(tl.float32) / tl.load(code_scale)", "z.to(tl.float32) / tl.load(x)"),
     "ids ignored in the backward": (
         "adapter.py",
-        "_gather(codes, ids, code_scale).T",
-        "_gather(codes[: len(dy)], None, code_scale).T",
+        "_codes(*source).T",
+        "_codes(source[0][: len(dy)], None, *source[2:]).T",
     ),
-    "a fake scale of the codes' dtype": ("adapter.py", "dtype=target.dtype)", "dtype=codes.dtype)"),
+    "a fake scale of the codes' dtype": ("adapter.py", "dtype=target.dtype)", "dtype=x.dtype)"),
     "the fused form everywhere": ("adapter.py", "<= WIDEST[itemsize] and worth_it", "<= WIDEST[itemsize]"),
 }  # fmt: skip
 pytestmark = pytest.mark.slow
