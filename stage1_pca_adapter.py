@@ -136,20 +136,20 @@ class Adapter(nn.Module):
             self.hidden1, self.hidden2 = nn.Linear(k, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
             self.weight2 = nn.Parameter(torch.zeros(HIDDEN, d))
 
-    def forward(self, codes: Tensor, target_rms: Tensor) -> Tensor:
-        """codes: [N,k]; target_rms: scalar or [N,1]. Returns embeddings [N,d]."""
-        z = codes / self.code_scale
+    def forward(self, codes: Tensor, target_rms: Tensor, ids: Tensor | None = None) -> Tensor:
+        """codes: [N,k], or with ids [N] a table [V,k]; target_rms: scalar or [N,1]. Returns embeddings [N,d]."""
+        if self.kind == "linear":
+            return adapt(codes, self.weight, self.bias, target_rms, ids, self.code_scale)
+        z = (codes if ids is None else codes[ids]) / self.code_scale
         if self.kind == "codebook":
             blended = self.blended(z)
             keys, table = self.keys[blended], self.table[blended]  # [n,k], [n,d]
             blend = torch.softmax(self.scores(z, keys), dim=-1).to(table.dtype)
             return adapt(blend, table, table.new_zeros(table.shape[1]), target_rms).float()
-        if self.kind == "mlp":
-            hidden = F.gelu(self.hidden1(z))
-            hidden = hidden + F.gelu(self.hidden2(hidden))
-            z = torch.cat([z, hidden], dim=1)  # [N, k+HIDDEN]
-            return adapt(z, torch.cat([self.weight, self.weight2]), self.bias, target_rms)
-        return adapt(z, self.weight, self.bias, target_rms)
+        hidden = F.gelu(self.hidden1(z))
+        hidden = hidden + F.gelu(self.hidden2(hidden))
+        z = torch.cat([z, hidden], dim=1)  # [N, k+HIDDEN]
+        return adapt(z, torch.cat([self.weight, self.weight2]), self.bias, target_rms)
 
     def scores(self, z: Tensor, keys: Tensor) -> Tensor:
         """[N,n]: -|z - key|^2 * sharpness / 2, less its part with |z|^2, which is the same for all keys of a code.
@@ -168,11 +168,20 @@ class Adapter(nn.Module):
         """
         if len(self.keys) <= SMALL:
             return slice(None)
-        weight = torch.zeros_like(self.keys[:, 0])
+        keys, dtype = self.keys, self.table.dtype
+        tokens = torch.arange(len(keys), device=keys.device)
+        if dtype != torch.float32:  # a first look in the LLM's dtype costs a GPU a tenth; scores are a few units off
+            tokens = tokens[self.weigh(z.to(dtype), keys.to(dtype), 1e-20)]
+            keys = keys[tokens]
+        return tokens[self.weigh(z, keys, 1e-10)]
+
+    def weigh(self, z: Tensor, keys: Tensor, least: float) -> Tensor:
+        """[n]: has a key a weight above `least` in any of the codes?"""
+        weight = torch.zeros(len(keys), device=z.device)
         for part in z.split(1024):
-            weight = torch.maximum(weight, torch.softmax(self.scores(part, self.keys), dim=-1).amax(0))
+            weight = torch.maximum(weight, torch.softmax(self.scores(part, keys).float(), dim=-1).amax(0))
         # NaN compares false with everything: a NaN code selects every token, and its output is NaN, as it should be
-        return (~(weight <= 1e-10)).nonzero()[:, 0]
+        return ~(weight <= least)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +248,7 @@ def step_losses(wire: Wire, batch: Batch, targets: int, sent_tokens: int, varian
     embeddings = reader.table[batch.ids]  # [B,T,d] the prompt through the wire, the answer as it is
     # a token decodes to the same embedding wherever it stands: decode each of the U different ones once
     unique, inverse = batch.ids[batch.sent].unique(return_inverse=True)  # [U], [sent tokens]
-    decoded = wire.adapter(wire.codes[unique], wire.target_rms(unique))  # [U,d]
+    decoded = wire.adapter(wire.codes, wire.target_rms(unique), unique)  # [U,d]
     real = reader.table[unique]
     occurrences = torch.bincount(inverse, minlength=len(unique))[:, None]  # [U,1]
     mse = ((decoded - real).square() * occurrences).sum() / (sent_tokens * real.shape[1] * variance)
@@ -260,7 +269,7 @@ def fit_to_embeddings(wire: Wire, frequency: Tensor, variance: Tensor, steps: in
     generator = torch.Generator(table.device).manual_seed(seed)
     for step in range(steps):
         ids = torch.multinomial(frequency, FIT_TOKENS, replacement=True, generator=generator)
-        decoded = adapter(wire.codes[ids], wire.target_rms(ids))
+        decoded = adapter(wire.codes, wire.target_rms(ids), ids)
         loss = (decoded - table[ids]).square().mean() / variance
         loss.backward()
         for optimizer in optimizers:

@@ -122,12 +122,6 @@ def adapt_flops(codes, weight, bias, target, ids=None, *args, **kwargs) -> int:
     return 2 * (ids or codes)[0] * weight[0] * weight[1]
 
 
-@register_flop_formula(torch.ops.latentwire.adapt_backward)
-def adapt_backward_flops(g, out, codes, weight, bias, target, scale, ids, gram, codes_too, weight_too, *args, **kwargs):
-    """The matmuls of the gradients that are wanted, formed from dL/dy."""
-    return (codes_too + weight_too) * 2 * g[0] * weight[0] * weight[1]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # one training step, three ways
 
@@ -159,7 +153,7 @@ def steps_of(stage1: ModuleType, wire, batch: Batch) -> dict:
 
     def plain() -> None:
         ids = batch.ids[batch.sent]
-        decoded, real = wire.adapter(wire.codes[ids], wire.target_rms(ids)), reader.table[ids]
+        decoded, real = wire.adapter(wire.codes, wire.target_rms(ids), ids), reader.table[ids]
         embeddings = reader.table[batch.ids].masked_scatter(batch.sent[..., None], decoded)
         output = reader.model(
             inputs_embeds=embeddings.to(reader.dtype), attention_mask=batch.attention, use_cache=False
@@ -236,7 +230,7 @@ def measure(stage1: ModuleType, args, device: torch.device, dtype: torch.dtype) 
         flops[name] = rows * counter.get_total_flops()
     unique = batch.ids[batch.sent].unique()  # of the whole batch, which are fewer than those of its rows together
     with FlopCounterMode(display=False) as counter:
-        wire.adapter(wire.codes[unique], wire.target_rms(unique)).sum().backward()
+        wire.adapter(wire.codes, wire.target_rms(unique), unique).sum().backward()
     wire.adapter.zero_grad(set_to_none=True)
     flops["wire"] = flops["LLM alone"] + counter.get_total_flops()
     for name, step in steps.items():
@@ -354,7 +348,7 @@ def trace(stage1: ModuleType, args, dtype: torch.dtype, checkpointing: bool) -> 
         def step() -> None:
             embeddings = reader.table[torch.zeros(rows, length, dtype=torch.long)]  # [B,T,d]
             unique = torch.zeros(unique_tokens, dtype=torch.long)
-            decoded, real = adapter(codes[unique], torch.tensor(1.0)), reader.table[unique]  # [U,d]
+            decoded, real = adapter(codes, torch.tensor(1.0), unique), reader.table[unique]  # [U,d]
             mse = ((decoded - real).square() * torch.ones(unique_tokens, 1)).sum()
             sent = (torch.arange(length) < length - ANSWER).expand(rows, -1)[..., None]
             wired = embeddings.masked_scatter(sent, decoded[torch.zeros(sent_tokens, dtype=torch.long)])

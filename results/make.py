@@ -401,7 +401,8 @@ def kernels_operator() -> list[str]:
         for run in bench["operator"]:
             cases[run["what"], run["N"]][run["column"]] = run
         on_cpu, most = bench["device"].startswith("CPU"), max(N for _, N in cases)
-        rows = [case["ours"] | {"all": case} for (_, N), case in cases.items() if not on_cpu or N in (1, 512, most)]
+        kept = [case for (_, N), case in cases.items() if "ours" in case and (not on_cpu or N in (1, 512, most))]
+        rows = [case["ours"] | {"all": case} for case in kept]
         columns = {"input": "{what}", "N": "{N}", "ours, ms": in_units(1e3, "p50_us", form="{:.3f}")}
         columns |= {"floor / ours, %": lambda row: f"{100 * row['floor_us'] / row['p50_us']:.0f}"}
         columns |= {f"{run['column']} / ours": ratio(run["column"]) for run in bench["operator"]}
@@ -411,7 +412,8 @@ def kernels_operator() -> list[str]:
         software = ", ".join(
             f"{name} {bench['versions'][name]}" for name in ("torch", "triton") if name in bench["versions"]
         )
-        about = bench | {"copy": copy, "matmul": matmul, "software": software}
+        about = bench | {"dtype": bench["dtype"] if on_cpu else f"{bench['dtype']}, k {rows[0]['k']}"}
+        about |= {"copy": copy, "matmul": matmul, "software": software}
         lines += [text.format_map(about), "", *table(rows, columns), ""]
     if BENCHES[0]["device"].startswith("CPU"):
         lines.append("Not measured on a GPU: `python results/run_kernels.py && python results/make.py` adds the rows.")

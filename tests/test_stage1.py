@@ -121,6 +121,23 @@ def test_the_identity_control_of_a_run_is_such_a_wire(random_llm, tmp_path, monk
 
 
 @pytest.mark.parametrize("k", (24, 10))
+def test_a_first_look_in_bfloat16_loses_no_token(parts, k, monkeypatch):
+    monkeypatch.setattr(stage1, "SMALL", 0)
+    reader, _, counts = parts
+    pca = fit_pca(reader.table, counts).first(k)
+    wire = stage1.Wire(reader, pca, torch.tensor(0.05))
+    adapter = stage1.Adapter("codebook", pca, reader, wire.codes, counts)
+    torch.manual_seed(0)
+    z = wire.codes[counts.topk(40).indices] / adapter.code_scale
+    for noise in (0.0, 0.5, 2.0):
+        near = z + noise * torch.randn_like(z)
+        adapter.table = reader.table
+        wanted = adapter.blended(near)
+        adapter.table = reader.table.to(torch.bfloat16)
+        assert len(wanted) < 4096 and torch.equal(adapter.blended(near), wanted)
+
+
+@pytest.mark.parametrize("k", (24, 10))
 @pytest.mark.parametrize("noise", (0.0, 0.5))
 def test_the_tokens_of_a_large_vocabulary_that_matter_are_all_that_matters(parts, k, noise, monkeypatch):
     """Above SMALL tokens a codebook blends those with a weight: the same embeddings, the same gradients."""
