@@ -357,7 +357,7 @@ def main() -> None:
     if saved:
         load_module(encoder, "encoder.", saved.tensors, saved.name)
         load_module(adapter, "adapter.", saved.tensors, saved.name)
-    out = open_out(args.out)
+    out = open_out(args)
     sizes = [sum(p.numel() for p in module.parameters()) for module in (encoder, adapter)]
     print(f"encoder {sizes[0]:,} + adapter {sizes[1]:,} trained parameters, {LATENTS} x {LATENT_WIDTH} latents")
 

@@ -329,7 +329,7 @@ def main() -> None:
             raise UserError(f"{saved.name}: its components are {list(pca.components.shape)}, not [{d}, {k}]")
     wire = Wire(reader, pca, rms)
     adapter = wire.adapter = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)
-    out, batch_size = open_out(args.out), 2 * args.micro_batch_size  # without gradients, twice the rows fit
+    out, batch_size = open_out(args), 2 * args.micro_batch_size  # without gradients, twice the rows fit
     print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer)")
     print(f"adapter {args.adapter}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters", flush=True)
     if saved:

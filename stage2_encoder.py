@@ -392,7 +392,7 @@ def main() -> None:
         load_module(encoder, "encoder.", saved.tensors, saved.name)
     wire = Wire(reader, encoder, adapter, prefix_codes, rms)
     wire.fixed_length = 3 if without == "boundary-target" else 0
-    out = open_out(args.out)
+    out = open_out(args)
     trained_parameters = sum(p.numel() for p in encoder.parameters())
     print(f"encoder: {trained_parameters:,} trained parameters, a byte sees {REACH} on each side", flush=True)
     print(f"adapter {adapter.kind} of {args.stage1}, k {k} of d {d}", flush=True)

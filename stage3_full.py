@@ -447,7 +447,9 @@ def main() -> None:
     # model: the sender's encoder and codebook, proven by stage 2, and the predictor of its indices
     codec = Codec(tensors, args.without, device)
     predictor = Predictor(len(codec.pieces)).to(device)
-    out = open_out(args.out)
+    receiving = [parts for parts in zip(entries, readers, datas, strict=True) if parts[0] in measured]
+    out = open_out(args)
+    places = [out, *(open_out(args, Path(entry["model"]).name) for entry, _, _ in receiving[1:])]
     print(f"predictor: {sum(p.numel() for p in predictor.parameters()):,} trained parameters", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -484,18 +486,16 @@ def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: each receiver from the same messages, on test passages whose names were never seen
     others = []  # the results of the receivers before the last one, the sender's own LLM
-    receiving = [parts for parts in zip(entries, readers, datas, strict=True) if parts[0] in measured]
-    for entry, reader, data in reversed(receiving):
+    for (entry, reader, data), place in reversed(list(zip(receiving, places, strict=True))):
         print(f"receiver {reader.name}, the wire carries the {args.wire_carries}")
         wire = Wire(codec, load_receiver(tensors, entry, reader, where), args.wire_carries)
         metrics, controls, records = measure(wire, data, 2 * args.micro_batch_size, args.seed)
-        rows, last = message_rows(controls, metrics["examples"]), len(others) == len(receiving) - 1
+        rows, last = message_rows(controls, metrics["examples"]), place == out
         config = {
             "model": entry["model"], "receivers": receivers, "stage2": args.stage2, "without": args.without,
             "wire_carries": args.wire_carries, "receiver": "unpack", "rate": None, "untaught": None,
             "others": others if last else [],
         }  # fmt: skip
-        place = out if last else open_out(str(out / Path(entry["model"]).name))
         title = f"stage 3: {args.wire_carries} -> {controls['latents']:.0f} latents"
         wire_tensors = tensors if last else None  # saved once
         config = finish(run, reader, saved, title, metrics, controls, config, rows, records, wire_tensors, place)

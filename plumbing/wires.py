@@ -1,5 +1,6 @@
 """Run directories and trained wires: the lock of --out, and wire.safetensors with its config.json."""
 
+import argparse
 import contextlib
 import json
 from dataclasses import dataclass
@@ -10,16 +11,29 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from plumbing.checkpoints import sha256_of, write_atomically
+from plumbing.checkpoints import CHECKPOINT, sha256_of, write_atomically
 from plumbing.launch import ROOT, UserError, at_exit
 from plumbing.processes import rank
 
+IN_USE: set[Path] = set()  # directories that this run reads
 
-def open_out(name: str) -> Path:
-    """Make the output directory, see that it can be written, and keep other runs out. Raises UserError."""
-    path = Path(name)
+
+def mark_as_read(path: Path) -> None:
+    """This run reads a directory, so --out may not be that one."""
+    IN_USE.add(path)
+    at_exit.callback(IN_USE.discard, path)
+
+
+def open_out(args: argparse.Namespace, folder: str = "") -> Path:
+    """Make --out (or a folder in it), see that it can be written, and keep other runs out.
+
+    Raises UserError also where something would be lost: a wire or an LLM that this run reads, or an unfinished run.
+    """
+    path = name = Path(args.out, folder)
     if rank():
         return path
+    if path.exists() and any(path.samefile(other) for other in IN_USE):
+        raise UserError(f"--out {name}: this run reads that directory, and would overwrite it; give another directory")
     lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -29,7 +43,18 @@ def open_out(name: str) -> Path:
     except OSError as error:
         raise UserError(f"--out {name}: cannot write there ({error.strerror}); give another directory") from None
     at_exit.callback(unlock, lock)
+    if is_unfinished(path) and not (args.resume or args.overwrite):
+        raise UserError(
+            f"--out {name}: the checkpoint of an unfinished run is there; go on with --resume, discard it with "
+            "--overwrite, or give another directory"
+        )
     return path
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether the last run in a directory did not end: its checkpoint is newer than the wire, or there is no wire."""
+    wire, checkpoint = path / "wire.safetensors", path / CHECKPOINT
+    return checkpoint.exists() and not (wire.exists() and wire.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns)
 
 
 def unlock(lock: filelock.BaseFileLock) -> None:
@@ -66,6 +91,7 @@ def load_wire(name: str, stage: str, config_keys: tuple[str, ...], tensor_keys: 
     path = Path(name)
     if not path.exists() and (ROOT / name).exists():
         path = ROOT / name
+    mark_as_read(path)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(path / "wire.safetensors")

@@ -296,7 +296,7 @@ def main(args) -> None:
         pooler = Pooler(reader.table.shape[1], unpacking.receiver.constant_rms.item()).to(device)
         wire = DirectWire(codec, unpacking.receiver, pooler, args.rate)
     pooler = wire.pooler
-    out = open_out(args.out)
+    out = open_out(args)
     print(f"pooler: {sum(p.numel() for p in pooler.parameters()):,} trained parameters", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
