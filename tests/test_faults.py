@@ -208,20 +208,6 @@ def test_a_second_run_in_the_same_directory_is_refused(start, random_llm, tmp_pa
     assert not (out / ".lock").exists()
 
 
-def test_an_unfinished_run_is_not_discarded_without_being_told(stopped, random_llm, tmp_path, no_picture):
-    out, flags = shutil.copytree(stopped, tmp_path / "out"), ("--model", random_llm, *QUICK, "--code-dim", "8")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    shipped = ("--eval-only", succeed(stage1, *flags, "--out", tmp_path / "other") and tmp_path / "other")
-    for refused in (flags, (*shipped, "--eval-examples", "2")):
-        run = run_stage(stage1, *refused, "--out", out)
-        assert run.code == 2 and "the checkpoint of an unfinished run is there" in run.stderr, run.stderr
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == before and run.stderr.count("\n") == 1
-    run = run_stage(stage1, *flags, "--out", out, "--resume", "--overwrite")
-    assert run.code == 2 and "drop one of them" in run.stderr
-    succeed(stage1, *flags, "--out", out, "--overwrite")
-    succeed(stage1, *flags, "--out", out)  # that one ended: nothing is lost
-
-
 # --- steps that go wrong
 
 

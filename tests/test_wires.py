@@ -1,10 +1,11 @@
 """Wires and directories that a stranger gives: what is read is never overwritten, what does not fit is refused."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, ladder_flags, run_stage
+from conftest import QUICK, ladder_flags, run_stage, succeed
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -30,3 +31,20 @@ def test_a_directory_that_is_read_is_not_written(stage, flag, random_llm, ladder
         run = run_stage(module, *flags, *QUICK, "--out", out)
         assert run.code == 2 and "this run reads that directory" in run.stderr, run.stderr
         assert run.stderr.count("\n") == 1 and files(copied) == before
+
+
+@pytest.mark.parametrize("stage", ("stage1", "direct"))
+def test_an_unfinished_run_is_not_discarded_without_being_told(stage, random_llm, ladder, tmp_path, no_picture):
+    module, flags = ladder_flags(random_llm, ladder)[stage]
+    out = shutil.copytree(ladder / stage, tmp_path / "out")
+    os.utime(out / "wire.safetensors", (0, 0))  # of an older run: the last one was killed after its checkpoint
+    before = files(out)
+    evaluation = ("--eval-only", ladder / stage, *(("--receiver", "direct") if stage == "direct" else ()))
+    for started in (flags, evaluation):
+        run = run_stage(module, *started, *QUICK, "--out", out)
+        assert run.code == 2 and "the checkpoint of an unfinished run is there" in run.stderr, run.stderr
+        assert run.stderr.count("\n") == 1 and files(out) == before
+    run = run_stage(module, *flags, "--out", out, "--resume", "--overwrite")
+    assert run.code == 2 and "drop one of them" in run.stderr
+    succeed(module, *flags, *QUICK, "--out", out, "--overwrite")
+    succeed(module, *flags, *QUICK, "--out", out)  # that one ended: nothing is lost
