@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plumbing.checkpoints import CHECKPOINT
 from plumbing.hub import MODELS
-from plumbing.launch import UserError
+from plumbing.launch import UserError, one_line
 from plumbing.wires import SavedWire
 
 # flags that say where and how a run works, not what it trains
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        self.exit(2, f"error: {one_line(message)} (--help lists the flags)\n")
 
 
 def positive_int(text: str) -> int:

@@ -149,6 +149,8 @@ def check_fingerprint(reader: Reader, config: dict, wire: str) -> None:
             f"{wire} was trained for another LLM: fingerprint {config['fingerprint']}, {reader.name} has "
             f"{reader.fingerprint}"
         )
+    if config.get("embedding_width", reader.table.shape[1]) != reader.table.shape[1]:
+        raise UserError(f"{wire}: its embedding_width is not that of {reader.name}, {reader.table.shape[1]}")
 
 
 @torch.inference_mode()

@@ -269,7 +269,7 @@ def test_the_sender_loads_no_llm(monkeypatch, capfdbinary):
 
 
 def test_each_receiver_is_the_stage2_wire_of_its_own_llm():
-    saved = load_wire(str(SHIPPED), "stage3", ("receivers",), stage3.NEEDED)
+    saved = load_wire(str(SHIPPED), "stage3", stage3.WIRE)
     for number, (name, stage2) in enumerate((("tiny", "stage2"), ("tiny-qwen", "stage2-qwen"))):
         reader, entry = load_reader(name, CPU, torch.float32), saved.config["receivers"][number]
         assert (entry["model"], entry["fingerprint"]) == (name, reader.fingerprint)
