@@ -325,7 +325,7 @@ def test_a_tampered_wire_is_refused(tmp_path):
     del tensors["sender.lengths"]
     safetensors.torch.save_file(tensors, wire / "wire.safetensors")
     run = run_stage(stage3, "--send", "x", "--question", "y", "--wire", wire)
-    assert run.code == 2 and "lacks sender.lengths" in run.stderr
+    assert run.code == 2 and "sender.lengths in wire.safetensors is not there" in run.stderr
 
 
 # --- training and evaluation
