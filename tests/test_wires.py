@@ -243,7 +243,7 @@ def mutated_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> dic
     dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int16, torch.uint8, torch.bool)
     dtypes += (torch.float8_e4m3fn, torch.complex64, torch.uint16)
     changes = (
-        lambda: t.to(rng.choice(dtypes)), lambda: t[:0] if t.dim() else t[None], lambda: t[1:] if t.dim() else t[None, None],
+        lambda: t.to(rng.choice(dtypes)), lambda: t[:0] if t.dim() else t[None], lambda: t[1:] if t.dim() else -t,
         lambda: t.flatten(), lambda: t.T.contiguous() if t.dim() == 2 else t.new_zeros(0), lambda: t[None],
         lambda: torch.cat([t, t]) if t.dim() else t.expand(3).clone(), lambda: torch.zeros_like(t),
         lambda: torch.full_like(t, 255 if t.dtype == torch.uint8 else 32000), lambda: t * rng.choice((-1, 3, 2**30)),
