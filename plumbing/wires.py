@@ -31,23 +31,23 @@ def open_out(args: argparse.Namespace, folder: str = "") -> Path:
 
     Raises UserError also where something would be lost: a wire or an LLM that this run reads, or an unfinished run.
     """
-    path = name = Path(args.out, folder)
+    path = Path(args.out, folder)
     if rank():
         return path
     if path.exists() and any(path.samefile(other) for other in IN_USE):
-        raise UserError(f"--out {name}: this run reads that directory, and would overwrite it; give another directory")
+        raise UserError(f"--out {path}: this run reads that directory, and would overwrite it; give another directory")
     lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(f"--out {name}: another run is writing there; give another directory, or wait for it") from None
+        raise UserError(f"--out {path}: another run is writing there; give another directory, or wait for it") from None
     except OSError as error:
-        raise UserError(f"--out {name}: cannot write there ({error.strerror}); give another directory") from None
+        raise UserError(f"--out {path}: cannot write there ({error.strerror}); give another directory") from None
     at_exit.callback(unlock, lock)
     if is_unfinished(path) and not (args.resume or args.overwrite):
         raise UserError(
-            f"--out {name}: the checkpoint of an unfinished run is there; go on with --resume, discard it with "
+            f"--out {path}: the checkpoint of an unfinished run is there; go on with --resume, discard it with "
             "--overwrite, or give another directory"
         )
     return path
