@@ -5,7 +5,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -222,7 +222,10 @@ def mutated_config(rng: random.Random, config: dict):
     """A config in which one or two values are replaced, gone, or new."""
     config = copy.deepcopy(config)
     for _ in range(rng.choice((1, 1, 2))):
-        *path, last = rng.choice([place for place in places_in(config) if place])
+        places = [place for place in places_in(config) if place and (place[0] not in NOT_READ or len(place) < 2)]
+        read = [("metrics", "train_seconds"), ("controls", "explained_variance")]
+        places += [place for place in places_in(config) if place in read]
+        *path, last = rng.choice(places)
         inside = config
         for key in path:
             inside = inside[key]
@@ -259,37 +262,45 @@ def mutated_tensors(rng: random.Random, tensors: dict[str, torch.Tensor]) -> dic
 
 
 def refused(reader: tuple, wire: Path, out: Path, words: str = "") -> bool:
-    """Whether a stage refuses a wire. If so in one line, with nothing written; if not, its run ends well."""
+    """Whether a stage refuses a wire. If so in one line, with nothing saved; if not, its run ends well."""
     module, flags = reader
     before = files(wire)
     run = run_stage(module, *flags, wire, "--out", out)
-    assert files(wire) == before
-    if run.code == 0:
-        shutil.rmtree(out)
-        return False
-    assert run.code == 2 and run.stderr.count("\n") == 1 and words in run.stderr, run.stderr
-    assert not out.exists() or not [path for path in out.iterdir() if path.name == "wire.safetensors"]
-    return True
+    assert files(wire) == before and run.code in (0, 2), run.stderr
+    if run.code == 2:
+        assert run.stderr.count("\n") == 1 and words in run.stderr and not (out / "wire.safetensors").exists(), (
+            run.stderr
+        )
+    shutil.rmtree(out, ignore_errors=True)
+    return run.code == 2
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def count_refusals(reader: tuple, wires: Iterable[Path], out: Path, most: int) -> int:
+    """How many wires are refused. Of those that load, so many go through the whole stage, which takes a second each."""
+    stage, *reader = reader
+    refusals = runs = 0
+    for wire in wires:
+        try:
+            load(wire, stage)
+        except UserError as error:
+            assert str(wire) in str(error)
+            refusals += 1
+            if refusals % 20:  # one in twenty also on the command line
+                continue
+            assert refused(reader, wire, out)
+            continue
+        runs += 1
+        if runs <= most:
+            refusals += refused(reader, wire, out)
+    return refusals
 
 
-SLOW = pytest.mark.slow
 READERS = (*LADDER, "stage 2 starts from it", "stage 3 starts from it", "direct starts from it")
+NOT_READ = ("metrics", "controls", "others")  # but for two numbers in them
 
 
-@pytest.mark.parametrize("count", (12, pytest.param(1000, marks=SLOW)))
-@pytest.mark.parametrize("name", READERS)
-def test_mutated_configs_are_read_or_refused_in_one_line(
-    name, count, random_llm, ladder, tmp_path, monkeypatch, no_picture, no_network
-):
-    stage, *reader = readers_of(random_llm)[name]
-    monkeypatch.chdir(tmp_path)  # where no name of a file is that of one
-    wire, rng, outcomes = shutil.copytree(ladder / stage, tmp_path / "wire"), random.Random(0), []
-    tensors, config = parts_of(wire)
+def wires_of_mutated_configs(wire: Path, count: int) -> Iterator[Path]:
+    rng, (tensors, config) = random.Random(0), parts_of(wire)
     for number in range(count):
         mutated = mutated_config(rng, config)
         if number % 2:
@@ -298,19 +309,32 @@ def test_mutated_configs_are_read_or_refused_in_one_line(
             save_wire(wire, tensors, mutated)
         if number % 10 == 9:
             (wire / "config.json").write_text(rng.choice(TEXTS))
-        outcomes.append(refused(reader, wire, tmp_path / "out"))
-    assert sum(outcomes) > count / 2
+        yield wire
 
 
-@pytest.mark.parametrize("count", (12, pytest.param(200, marks=SLOW)))
-@pytest.mark.parametrize("name", READERS)
-def test_mutated_tensors_are_read_or_refused_in_one_line(
-    name, count, random_llm, ladder, tmp_path, no_picture, no_network
-):
-    stage, *reader = readers_of(random_llm)[name]
-    wire, rng, outcomes = shutil.copytree(ladder / stage, tmp_path / "wire"), random.Random(0), []
-    tensors, config = parts_of(wire)
+def wires_of_mutated_tensors(wire: Path, count: int) -> Iterator[Path]:
+    rng, (tensors, config) = random.Random(0), parts_of(wire)
     for _ in range(count):
         save_wire(wire, mutated_tensors(rng, tensors), config)
-        outcomes.append(refused(reader, wire, tmp_path / "out"))
-    assert sum(outcomes) > count / 4
+        yield wire
+
+
+@pytest.mark.parametrize(
+    ("mutated_wires", "count", "most"),
+    (
+        (wires_of_mutated_configs, 20, 1),
+        (wires_of_mutated_tensors, 10, 1),
+        pytest.param(wires_of_mutated_configs, 1000, 40, marks=pytest.mark.slow),
+        pytest.param(wires_of_mutated_tensors, 200, 40, marks=pytest.mark.slow),
+    ),
+)
+@pytest.mark.parametrize("name", READERS)
+def test_mutated_wires_are_read_or_refused_in_one_line(
+    name, mutated_wires, count, most, random_llm, ladder, tmp_path, monkeypatch, no_picture
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)  # where no name in a config is that of a file
+    reader = readers_of(random_llm)[name]
+    wire = shutil.copytree(ladder / reader[0], tmp_path / "wire")
+    refusals = count_refusals(reader, mutated_wires(wire, count), tmp_path / "out", most)
+    assert count / 4 < refusals
