@@ -56,7 +56,7 @@ from kernels.adapter import adapt, project
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_int
 from plumbing.checkpoints import module_tensors
 from plumbing.data import Data, load_data
-from plumbing.kinds import ANYTHING, COUNT, NUMBER
+from plumbing.kinds import ANYTHING, COUNT, NUMBER, one_of
 from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
@@ -80,10 +80,12 @@ CONFIG = dict(
 FIXED_BY_WIRE = ("model", "data", "code_dim", "adapter")  # --eval-only reads these from the wire
 ADAPTERS = ("linear", "mlp", "codebook")
 WIRE = Contents(  # what is saved; anything else is refused
-    config={"embedding_width": COUNT, "code_dim": COUNT, "adapter": ADAPTERS}
-    | {"controls": {"explained_variance": NUMBER, "*": ANYTHING}},
+    config={
+        "embedding_width": COUNT, "code_dim": COUNT, "adapter": one_of(*ADAPTERS),
+        "controls": {"explained_variance": NUMBER, "*": ANYTHING},
+    },
     tensors={"mean": "d float32", "components": "d k float32", "target_rms": "float32"},
-)
+)  # fmt: skip
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.0  # few steps: a shorter memory; the PCA inverse must not be pulled towards zero
 HIDDEN = 512  # numbers of the mlp's hidden layer
 FIT_STEPS, FIT_TOKENS, FIT_LR = 5, 1024, 1e-2  # of part 1: its steps for each of part 2, tokens of one, peak rate

@@ -54,7 +54,7 @@ from kernels.adapter import project
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved
 from plumbing.checkpoints import module_tensors
 from plumbing.data import halve_windows, load_data
-from plumbing.kinds import COUNT, TEXT, whole
+from plumbing.kinds import COUNT, TEXT, one_of, whole
 from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
@@ -91,10 +91,12 @@ ABLATIONS = {  # --without -> the losses that go with it
     "pca": (),  # any k orthonormal directions instead of those of most variance
 }
 WIRE = Contents(  # what is saved; anything else is refused
-    config={"embedding_width": COUNT, "code_dim": COUNT, "adapter": ADAPTERS}
-    | {"stage1": TEXT, "llm_steps": whole(0), "without": (None, *ABLATIONS)},
+    config={
+        "embedding_width": COUNT, "code_dim": COUNT, "adapter": one_of(*ADAPTERS), "stage1": TEXT,
+        "llm_steps": whole(0), "without": one_of(None, *ABLATIONS),
+    },
     tensors=STAGE1_WIRE.tensors | {"prefix_codes": "n k float32"},  # n tokens start every prompt
-)
+)  # fmt: skip
 CODEBOOKS = "tiny/wires/stage1-codebook", "tiny/wires/stage1-codebook-qwen"
 SHIPPED = {"tiny": CODEBOOKS[0], "tiny-llama": CODEBOOKS[0], "tiny-qwen": CODEBOOKS[1]}
 

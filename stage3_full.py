@@ -60,7 +60,7 @@ from common import (
 )
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_float
 from plumbing.data import Data, halve_windows, load_data
-from plumbing.kinds import ANYTHING, FLAG, TEXT, Many
+from plumbing.kinds import ANYTHING, FLAG, TEXT, Many, one_of
 from plumbing.launch import UserError, launch, pick_device, pick_dtype, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
@@ -108,12 +108,15 @@ WIDTH, HIDDEN = 32, 256  # of an index's embedding; of the predictor's only hidd
 ABLATIONS = ("copies", "context", "prediction")
 DIRECT_ABLATIONS = ("states", "teacher")
 WIRE = Contents(  # what is saved; anything else is refused
-    config={"receivers": Many(RECEIVER, 1), "stage2": Many(TEXT, 1), "without": (None, *ABLATIONS)}
-    | {"wire_carries": CARRIES, "receiver?": ("unpack", "direct"), "rate?": FLAG, "untaught?": FLAG}
-    | {"others?": Many(ANYTHING)},
-    tensors={"sender.lengths": "V uint8", "sender.spelled": "n uint8", "receiver0.adapter.keys": "V k float32"}
-    | {"sender.predictor.embedding.weight": "u W int16"},
-)
+    config={
+        "receivers": Many(RECEIVER, 1), "stage2": Many(TEXT, 1), "without": one_of(None, *ABLATIONS),
+        "wire_carries": one_of(*CARRIES), "receiver?": one_of("unpack", "direct"), "rate?": FLAG, "untaught?": FLAG, "others?": Many(ANYTHING),
+    },
+    tensors={
+        "sender.lengths": "V uint8", "sender.spelled": "n uint8", "sender.predictor.embedding.weight": "u W int16",
+        "receiver0.adapter.keys": "V k float32",
+    },
+)  # fmt: skip
 PREDICTOR = {  # the predictor in integers: u, W of the embedding, H of the hidden layer, S and o of its ends
     "embedding.weight": "u W int16", "hidden.weight": "H S int16", "hidden.bias": "H int16",
     "out.weight": "o H int16", "out.bias": "o int16", "exponential": "E int64",

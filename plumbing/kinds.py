@@ -1,7 +1,7 @@
 """What a JSON text may hold: described beside the code that reads it, and checked once, before anything is used.
 
-A description is a Kind, a tuple of the values to choose from, Many(description) for a list, or {"key": description} for
-an object. "key?" may be missing; "*" describes every key that is not named: without it, no other is known.
+A description is a Kind, Many(description) for a list, or {"key": description} for an object. "key?" may be missing; "*"
+describes every key that is not named: without it, no other is known.
 """
 
 import json
@@ -31,6 +31,10 @@ def whole(low: int, high: int = 2**63 - 1) -> Kind:
     return Kind(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
 
 
+def one_of(*values) -> Kind:
+    return Kind(" or ".join(map(json.dumps, values)), lambda value: value in values)
+
+
 def is_number(value) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
@@ -49,22 +53,28 @@ FLAG = Kind("the value of a flag", is_flag)
 
 def misfit(value, description, name: str = "") -> str | None:
     """The first thing that does not fit, such as "code_dim is a list, and should be ..."; None if all fits."""
+    if isinstance(description, Kind) and description.fits(value):
+        return None
+    if isinstance(description, Many) and isinstance(value, list) and len(value) >= description.least:
+        found = (misfit(part, description.of, f"{name}{place}.") for place, part in enumerate(value))
+        return next(filter(None, found), None)
     if isinstance(description, dict) and isinstance(value, dict):
-        known = {key.removesuffix("?"): inner for key, inner in description.items()}
-        missing = [key for key in description if key not in value and not key.endswith("?") and key != "*"]
-        unknown = [key for key in value if key not in known and "*" not in known]
-        if missing or unknown:
-            return f"{name}{missing[0]} is missing" if missing else f"{name}{shown(unknown[0])} is not known here"
-        parts = ((inner, known.get(key, known.get("*")), f"{name}{key}.") for key, inner in value.items())
-    elif isinstance(description, Many) and isinstance(value, list) and len(value) >= description.least:
-        parts = ((inner, description.of, f"{name}{place}.") for place, inner in enumerate(value))
-    elif isinstance(description, Kind) and description.fits(value):
-        parts = ()
-    elif isinstance(description, tuple) and not isinstance(description, (Kind, Many)) and value in description:
-        parts = ()
-    else:
-        return f"{name[:-1] or 'all of it'} is {shown(value)}, and should be {words_of(description)}"
-    return next(filter(None, (misfit(*part) for part in parts)), None)
+        return misfit_in_object(value, description, name)
+    return f"{name[:-1] or 'all of it'} is {shown(value)}, and should be {words_of(description)}"
+
+
+def misfit_in_object(value: dict, description: dict, name: str) -> str | None:
+    known = {key.removesuffix("?"): inner for key, inner in description.items()}
+    for key in description:
+        if key not in value and key != "*" and not key.endswith("?"):
+            return f"{name}{key} is missing"
+    for key, part in value.items():
+        if key not in known and "*" not in known:
+            return f"{name}{shown(key)[1:-1]} is not known here"
+        problem = misfit(part, known.get(key, known.get("*")), f"{name}{key}.")
+        if problem:
+            return problem
+    return None
 
 
 def shown(value) -> str:
@@ -72,11 +82,9 @@ def shown(value) -> str:
 
 
 def words_of(description) -> str:
-    if isinstance(description, Kind):
-        return description.words
     if isinstance(description, Many):
         return f"a list of at least {description.least}" if description.least else "a list"
-    return "an object" if isinstance(description, dict) else " or ".join(map(json.dumps, description))
+    return "an object" if isinstance(description, dict) else description.words
 
 
 def parse(text: str, description, source: str):

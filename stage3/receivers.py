@@ -6,7 +6,7 @@ from torch import Tensor
 
 from common import PCA, Reader
 from kernels.adapter import project
-from plumbing.kinds import COUNT, NUMBER, TEXT
+from plumbing.kinds import COUNT, NUMBER, TEXT, one_of
 from plumbing.launch import UserError
 from plumbing.wires import check_shapes, load_module, load_wire
 from stage1_pca_adapter import ADAPTERS, Adapter
@@ -15,8 +15,11 @@ from stage2_encoder import Encoder
 from stage2_encoder import Wire as Stage2Wire
 
 # what config.json holds for each LLM; direct: only if it has a pooler
-RECEIVER = {"model": TEXT, "fingerprint": TEXT, "prefix": TEXT, "adapter": ADAPTERS, "code_dim": COUNT, "stage2": TEXT}
-RECEIVER |= {"direct?": {"rate": NUMBER, "steps": COUNT, "train_seconds": NUMBER}}
+RECEIVER = {
+    "model": TEXT, "fingerprint": TEXT, "prefix": TEXT, "adapter": one_of(*ADAPTERS), "code_dim": COUNT,
+    "stage2": TEXT,
+    "direct?": {"rate": NUMBER, "steps": COUNT, "train_seconds": NUMBER},
+}  # fmt: skip
 
 
 def add_receivers(names: list[str], tensors: dict[str, Tensor], receivers: list[dict]) -> tuple[list[dict], list[str]]:

@@ -84,7 +84,7 @@ def write_config(wire: Path, config: dict) -> None:
         ("stage1", {"code_dim": [8]}, "code_dim is a list, and should be a whole number from 1 to"),
         ("stage1", {"code_dim": 8.0}, "code_dim is 8.0, and should be"),
         ("stage1", {"adapter": "banana"}, 'adapter is "banana", and should be "linear" or "mlp" or "codebook"'),
-        ("stage1", {"rms": "banana"}, '"rms" is not known here'),
+        ("stage1", {"rms": "banana"}, "rms is not known here"),
         ("stage1", {"arguments": {"seed": 0, "steps": [[]]}}, "arguments.steps is a list"),
         ("stage1", {"arguments": {"seed": 0, "steps": 1, "lr": {}}}, "arguments.lr is an object"),
         ("stage1", {"controls": {}}, "controls.explained_variance is missing"),
