@@ -110,7 +110,8 @@ DIRECT_ABLATIONS = ("states", "teacher")
 WIRE = Contents(  # what is saved; anything else is refused
     config={
         "receivers": Many(RECEIVER, 1), "stage2": Many(TEXT, 1), "without": one_of(None, *ABLATIONS),
-        "wire_carries": one_of(*CARRIES), "receiver?": one_of("unpack", "direct"), "rate?": FLAG, "untaught?": FLAG, "others?": Many(ANYTHING),
+        "wire_carries": one_of(*CARRIES), "receiver?": one_of("unpack", "direct"), "rate?": FLAG,
+        "untaught?": FLAG, "others?": Many(ANYTHING),
     },
     tensors={
         "sender.lengths": "V uint8", "sender.spelled": "n uint8", "sender.predictor.embedding.weight": "u W int16",
