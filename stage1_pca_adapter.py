@@ -24,6 +24,9 @@ Letters: B batch, T padded length, L tokens of a prompt, U different tokens of a
 width, k code width.
 """
 
+import plumbing.early  # noqa: F401
+
+# isort: split
 import copy
 import math
 import struct
@@ -53,12 +56,13 @@ from kernels.adapter import adapt, project
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_int
 from plumbing.checkpoints import module_tensors
 from plumbing.data import Data, load_data
+from plumbing.kinds import ANYTHING, COUNT, NUMBER, one_of
 from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.training import Run, identity, micro_batches
-from plumbing.wires import load_module, load_wire, open_out
+from plumbing.wires import Contents, load_module, load_wire, open_out
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -74,6 +78,14 @@ CONFIG = dict(
     adapter="mlp",  # the smallest without a table of tokens that reads nearly like text; see class Adapter
 )
 FIXED_BY_WIRE = ("model", "data", "code_dim", "adapter")  # --eval-only reads these from the wire
+ADAPTERS = ("linear", "mlp", "codebook")
+WIRE = Contents(  # what is saved; anything else is refused
+    config={
+        "embedding_width": COUNT, "code_dim": COUNT, "adapter": one_of(*ADAPTERS),
+        "controls": {"explained_variance": NUMBER, "*": ANYTHING},
+    },
+    tensors={"mean": "d float32", "components": "d k float32", "target_rms": "float32"},
+)  # fmt: skip
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.0  # few steps: a shorter memory; the PCA inverse must not be pulled towards zero
 HIDDEN = 512  # numbers of each of the mlp's hidden layers
 FIT_STEPS, FIT_TOKENS, FIT_LR = 5, 1024, 1e-2  # of part 1: its steps for each of part 2, tokens of one, peak rate
@@ -85,7 +97,7 @@ def parse_arguments():
     add_arguments(parser, STAGE, CONFIG)
     add = parser.add_argument
     add("--code-dim", type=positive_int, help="k; default: an eighth of the embedding width")
-    add("--adapter", choices=("linear", "mlp", "codebook"), help=f"default: {CONFIG['adapter']}")
+    add("--adapter", choices=ADAPTERS, help=f"default: {CONFIG['adapter']}")
     add("--dry-run", action="store_true", help="say what this model needs, from its shape alone")
     add("--random-weights", metavar="LAYERS", nargs="?", const=0, type=positive_int,
         help="time steps of a random model of this shape (of so many layers)")  # fmt: skip
@@ -307,14 +319,7 @@ def main() -> None:
     args = parse_arguments()
     saved = None
     if args.eval_only:
-        config_keys = (
-            *FIXED_BY_WIRE,
-            "embedding_width",
-            "controls.fitted",
-            "controls.explained_variance",
-            "metrics.train_seconds",
-        )
-        saved = load_wire(args.eval_only, STAGE, config_keys, ("mean", "components", "target_rms"))
+        saved = load_wire(args.eval_only, STAGE, WIRE)
     merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
     if args.dry_run or args.random_weights is not None:
         from plumbing import scale  # it stands on common.py, and is needed here only
@@ -341,11 +346,9 @@ def main() -> None:
     variance = (frequency @ (reader.table - frequency @ reader.table).square()).mean()  # of an embedding number
     if saved:
         pca.mean, pca.components, rms = (saved.tensors[n].to(device) for n in ("mean", "components", "target_rms"))
-        if pca.components.shape != (d, k):
-            raise UserError(f"{saved.name}: its components are {list(pca.components.shape)}, not [{d}, {k}]")
     wire = Wire(reader, pca, rms)
     adapter = wire.adapter = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)
-    out, batch_size = open_out(args.out), 2 * args.micro_batch_size  # without gradients, twice the rows fit
+    out, batch_size = open_out(args), 2 * args.micro_batch_size  # without gradients, twice the rows fit
     print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer)")
     print(f"adapter {args.adapter}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters", flush=True)
     if saved:

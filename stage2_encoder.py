@@ -23,6 +23,9 @@ Letters: B batch, N padded length in bytes, C encoder width, L tokens of a promp
 k code width.
 """
 
+import plumbing.early  # noqa: F401
+
+# isort: split
 import random
 import struct
 
@@ -51,14 +54,16 @@ from kernels.adapter import project
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved
 from plumbing.checkpoints import module_tensors
 from plumbing.data import halve_windows, load_data
+from plumbing.kinds import COUNT, TEXT, one_of, whole
 from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.spelling import odd_text, prefix_ids, spells, token_ends
 from plumbing.training import Run, identity, micro_batches
-from plumbing.wires import SavedWire, load_module, load_wire, open_out
-from stage1_pca_adapter import Adapter
+from plumbing.wires import Contents, SavedWire, load_module, load_wire, open_out
+from stage1_pca_adapter import ADAPTERS, Adapter
+from stage1_pca_adapter import WIRE as STAGE1_WIRE
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -83,6 +88,13 @@ ABLATIONS = {  # --without -> the losses that go with it
     "code-target": ("mse", "token"),
     "pca": (),  # any k orthonormal directions instead of those of most variance
 }
+WIRE = Contents(  # what is saved; anything else is refused
+    config={
+        "embedding_width": COUNT, "code_dim": COUNT, "adapter": one_of(*ADAPTERS), "stage1": TEXT,
+        "llm_steps": whole(0), "without": one_of(None, *ABLATIONS),
+    },
+    tensors=STAGE1_WIRE.tensors | {"prefix_codes": "n k float32"},  # n tokens start every prompt
+)  # fmt: skip
 CODEBOOKS = "tiny/wires/stage1-codebook", "tiny/wires/stage1-codebook-qwen"
 SHIPPED = {"tiny": CODEBOOKS[0], "tiny-llama": CODEBOOKS[0], "tiny-qwen": CODEBOOKS[1]}
 
@@ -330,9 +342,7 @@ def load_stage1(args) -> SavedWire:
         raise UserError(
             f"stage 2 starts from a stage-1 wire: run stage1_pca_adapter.py --model {args.model}, then --stage1 DIR"
         )
-    keys = ("embedding_width", "code_dim", "adapter"), ("mean", "components", "target_rms")
-    below = load_wire(args.stage1, "stage1", *keys)
-    return below
+    return load_wire(args.stage1, "stage1", STAGE1_WIRE)
 
 
 def main() -> None:
@@ -341,9 +351,7 @@ def main() -> None:
     args = parse_arguments()
     saved = None
     if args.eval_only:
-        config_keys = (*FIXED_BY_WIRE, "embedding_width", "code_dim", "adapter", "metrics.train_seconds")
-        tensor_keys = ("mean", "components", "target_rms", "prefix_codes")
-        saved = load_wire(args.eval_only, STAGE, config_keys, tensor_keys)
+        saved = load_wire(args.eval_only, STAGE, WIRE)
     merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
     if args.smoke and not saved:
         args.llm_steps = min(args.llm_steps, 4)
@@ -364,8 +372,6 @@ def main() -> None:
     # model: PCA and adapter of stage 1, and the encoder. The LLM is frozen.
     (vocabulary, d), k, without = reader.table.shape, below.config["code_dim"], args.without
     mean, components, rms = (below.tensors[name].to(device) for name in ("mean", "components", "target_rms"))
-    if tuple(components.shape) != (d, k):
-        raise UserError(f"{below.name}: its components are {list(components.shape)}, not {[d, k]}")
     if without == "pca" and not saved:
         components = torch.linalg.qr(torch.randn(d, k)).Q.to(device)
     table_codes = project(reader.table, mean, components).to(torch.float16).float()  # [V,k]
@@ -378,7 +384,7 @@ def main() -> None:
     if saved:
         load_module(encoder, "encoder.", saved.tensors, saved.name)
     wire = Wire(reader, encoder, adapter, prefix_codes, rms)
-    out = open_out(args.out)
+    out = open_out(args)
     trained_parameters = sum(p.numel() for p in encoder.parameters())
     print(f"encoder: {trained_parameters:,} trained parameters, a byte sees {REACH} on each side", flush=True)
     print(f"adapter {adapter.kind} of {args.stage1}, k {k} of d {d}", flush=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import os
+import stat
 import urllib.request
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from plumbing.checkpoints import write_atomically
+from plumbing.kinds import ANYTHING, TEXT, Many, parse
 from plumbing.launch import UserError
 from plumbing.spelling import tokenize
 from tiny import world
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from common import Reader
 
 MAX_LINE = 64 << 20  # bytes of a JSONL row
+ENDINGS = (".json", ".jsonl", ".txt")
+ROW = {"context": TEXT, "question": TEXT, "answers": Many(TEXT, 1), "*": ANYTHING}  # of a JSONL file
+SQUAD_ROW = {"question": TEXT, "answers?": Many({"text": TEXT, "*": ANYTHING}), "*": ANYTHING}
+SQUAD_PARAGRAPHS = Many({"context": TEXT, "qas": Many(SQUAD_ROW), "*": ANYTHING})
+SQUAD_LAYOUT = {"data": Many({"paragraphs": SQUAD_PARAGRAPHS, "*": ANYTHING}), "*": ANYTHING}
 WINDOW = 256  # tokens: a .txt file is cut into windows of this length
 
 # official SQuAD v1.1 files: name -> (address, sha256)
@@ -95,24 +101,37 @@ def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
     if name == "squad":
         rows, test = (read_squad(path) for path in fetch_squad())
         return split_rows(name, enumerate(rows), lambda places: [rows[i] for i in places], eval_examples, test)
-    path = Path(name)
-    if not path.is_file():
+    path, problem = Path(name), what_is_wrong(Path(name))
+    if problem:
         raise UserError(
-            f"--data {name}: no such file; give tiny, squad, or a .json, .jsonl or .txt file "
+            f"--data {name}: {problem}; give tiny, squad, or a file whose name ends in {', '.join(ENDINGS)} "
             f"(also: {', '.join(list(TINY)[1:])})"
         )
-    if path.stat().st_size == 0:
-        raise UserError(f"--data {name}: the file is empty")
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return split_rows(name, read_jsonl(path), functools.partial(JsonlRows, path), eval_examples)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--data {name}: not UTF-8 (byte {error.start}); convert it first, e.g. with iconv") from None
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return text_data(name, text, reader, eval_examples)
     rows = read_squad(path, text)
     return split_rows(name, enumerate(rows), lambda places: [rows[i] for i in places], eval_examples)
+
+
+def what_is_wrong(path: Path) -> str | None:
+    """Why a path is not a data file, or None."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a zero byte in it
+        return f"not a file ({getattr(error, 'strerror', None) or error})"
+    if not stat.S_ISREG(status.st_mode):
+        return "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device, which cannot be read twice"
+    if path.suffix.lower() not in ENDINGS:
+        return f"a file of an unknown kind ({path.suffix or 'its name has no ending'})"
+    return None if status.st_size else "the file is empty"
 
 
 def split_of(passage: str) -> str:
@@ -153,8 +172,13 @@ def text_data(name: str, text: str, reader: Reader, eval_examples: int) -> Data:
     width = min(WINDOW, reader.context_tokens) - len(start)
     rows = [{"ids": start + ids[at : at + width]} for at in range(0, len(ids), width)]
     rows = [row for row in rows if len(row["ids"]) > len(start) + 1]
+    special = set(reader.tokenizer.all_special_ids)
+    rows = [row for row in rows if not special.issuperset(row["ids"])]  # those hold no text
     if len(rows) < 5:
-        raise UserError(f"--data {name}: only {len(ids)} tokens; to train and test, a text needs at least {5 * width}")
+        raise UserError(
+            f"--data {name}: its {len(ids)} tokens make {len(rows)} windows of {width} with text in them; to train and "
+            "test, it needs at least 5"
+        )
     first_test = len(rows) - max(1, len(rows) // 5)
     first_validation = first_test - max(1, len(rows) // 20)
     validation = rows[first_validation:first_test][:100]
@@ -190,63 +214,25 @@ def halve(reader: Reader, rows: list[dict]) -> list[dict]:
     return halves
 
 
-def encodes(row: dict) -> bool:
-    """False where a JSON escape left half a surrogate pair, which is a Python string but no Unicode text."""
-    try:
-        "".join([row["context"], row["question"], *row["answers"]]).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def read_squad(path: Path, text: str | None = None) -> list[dict]:
     """Rows of a SQuAD v1.1 JSON file. Raises UserError if it is malformed or has no answered question."""
     text = path.read_text(encoding="utf-8") if text is None else text
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--data {path}: line {error.lineno}: not JSON ({error.msg})") from None
-    except RecursionError:
-        raise UserError(f"--data {path}: JSON, but nested too deeply to be SQuAD") from None
     rows = []
-    try:
-        for article in parsed["data"]:
-            for paragraph in article["paragraphs"]:
-                for qa in paragraph["qas"]:
-                    answers = [answer["text"] for answer in qa.get("answers", [])]
-                    if answers:
-                        row = {"context": paragraph["context"], "question": qa["question"], "answers": answers}
-                        if not all(isinstance(part, str) for part in [row["context"], row["question"], *answers]):
-                            raise TypeError
-                        rows.append(row)
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"--data {path}: JSON, but not in the SQuAD v1.1 layout (data/paragraphs/qas/answers)"
-        ) from None
+    for article in parse(text, SQUAD_LAYOUT, f"--data {path}, read in the SQuAD v1.1 layout")["data"]:
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                answers = [answer["text"] for answer in qa.get("answers", [])]
+                if answers:
+                    rows.append({"context": paragraph["context"], "question": qa["question"], "answers": answers})
     if not rows:
         raise UserError(f"--data {path}: no question has an answer, so there is nothing to score against")
-    for row in rows:
-        if not encodes(row):
-            raise UserError(f"--data {path}: half a surrogate pair in the row of question {row['question']!a:.80}")
     return rows
 
 
 def parse_row(path: Path, number: int | str, line: str) -> dict:
     """A row {"context", "question", "answers": [...]} from a line of JSON. Raises UserError with file and line."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise UserError(f"--data {path}: line {number}: not JSON ({reason})") from None
-    good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("context", "question"))
-    answers = row.get("answers") if good else None
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        want = '{"context": str, "question": str, "answers": [str, ...]}'
-        raise UserError(f"--data {path}: line {number}: want {want}")
-    row = {"context": row["context"], "question": row["question"], "answers": answers}
-    if not encodes(row):
-        raise UserError(f"--data {path}: line {number}: half a surrogate pair is not Unicode text")
-    return row
+    row = parse(line, ROW, f"--data {path}: line {number}")
+    return {key: row[key] for key in ("context", "question", "answers")}
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:

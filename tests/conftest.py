@@ -132,5 +132,5 @@ def no_picture(monkeypatch):
 @pytest.fixture(scope="session")
 def codec() -> stage3.Codec:
     """The sender of the shipped stage-3 wire."""
-    wire = load_wire(stage3.SHIPPED, "stage3", ("without",), stage3.NEEDED)
+    wire = load_wire(stage3.SHIPPED, "stage3", stage3.WIRE)
     return stage3.Codec(wire.tensors, wire.config["without"], CPU)
