@@ -123,7 +123,7 @@ def _project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
 def _codes(x: Tensor, ids: Tensor | None, code_scale: Tensor | None, mean: Tensor | None, components: Tensor | None):
     """z [N, k]."""
     if components is not None:
-        return _project(x, mean, components)
+        return torch.ops.latentwire.project(x, mean, components)  # the operator: torch.compile traces the backward
     z = x if ids is None else x[ids]
     return z if code_scale is None else z / code_scale
 
