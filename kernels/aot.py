@@ -65,7 +65,7 @@ def record(arch: int, dtype: torch.dtype, N: int = 65536) -> list[tuple[str, obj
 
     one = empty(1, dtype=torch.float32)
     try:
-        for d, k in ((192, 24), (4096, 100), (4096, 512)):  # a small reader, --code-dim 100, a 7B model
+        for d, k in ((192, 24), (192, 60), (4096, 100), (4096, 512)):  # small readers, --code-dim 100, a 7B model
             x, codes, mean, components, weight = empty(N, d), empty(N, k), empty(d), empty(d, k), empty(k, d)
             ids, code_scale = empty(N, dtype=torch.int64), empty(dtype=torch.float32)
             label = f"project d {d} k {k}"
