@@ -11,7 +11,7 @@ FLOPs. From x, N d s + k d s and 2 N d k more. On an H200 in bfloat16 (4.3 TB/s,
 for 8,192 tokens from codes and 87 from x. An eager implementation passes over [N, d] six times more. Two forms:
 
     fused     one kernel (kernels/fused.py) from x, from codes, or from a table of codes by token id. z never leaves the
-              chip, y comes back from the cache once. Every program, 64 tokens, reads the whole weight. Read this one first.
+              chip, y comes back from the cache once. Every 64 tokens (32 in float32) read the whole weight.
     library   a matmul of torch, then one kernel that scales y in place.
 
 Which form where (`choose_form`; by arithmetic, no GPU has measured it):
