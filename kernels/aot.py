@@ -3,7 +3,7 @@
 Each launch below is recorded from the launchers of fused.py, with the arguments that a GPU would get, and compiled
 for sm_90 (H100, H200), sm_80 (A100) and sm_89 (consumer cards with 99 KB of shared memory). Registers, stack and
 spills come from cuobjdump, which the triton wheel brings along. test_kernels.py holds the gate: no stack, no spills,
-shared memory within the limit, wgmma in the large-N kernels on sm_90.
+shared memory within the limit, wgmma in halves on sm_90.
 
     python kernels/aot.py [--arch 90] > results/kernels/aot.json        # takes minutes on two cores; Linux only
 """
