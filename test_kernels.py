@@ -184,16 +184,14 @@ def test_shapes_of_real_models(kernel_device, rows, d, k, dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))  # float16 has no numbers as small as these y
 def test_rows_so_small_that_eps_shows(device, dtype):
     """mean(y^2) is near EPS: it is added to the mean, not to the sum, and not forgotten."""
-    codes, weight, bias, target = inputs(33, 200, 24, torch.float32, device)
-    codes, weight, bias, target = (t.to(dtype) for t in (codes, 1e-6 * weight, 0 * bias, target))
-    out = adapt(codes, weight, bias, target)
+    codes, weight, bias, target = inputs(33, 200, 24)
+    codes, weight, bias, target = (t.to(dtype).to(device) for t in (codes, 1e-6 * weight, 0 * bias, target))
     wanted, torchs = exact(codes, weight, bias, target), eager(*(t.cpu() for t in (codes, weight, bias, target)))
-    if dtype != torch.float16:  # which has no number as small as the result
-        assert (wanted.square().mean(1).sqrt() / target[:, 0].cpu() < 0.9).all()
-    assert_as_good_as_torch(out, wanted, torchs)
+    assert (wanted.square().mean(1).sqrt() / target[:, 0].cpu() < 0.9).all()
+    assert_as_good_as_torch(adapt(codes, weight, bias, target), wanted, torchs)
 
 
 def test_float64_on_plain_torch():
@@ -285,6 +283,7 @@ def test_codes_that_cancel_each_other(device, dtype):
     assert_as_good_as_torch(out, exact(*tensors), eager(*tensors))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter divides by the zero, and takes the other branch
 def test_a_target_of_zero(device):
     codes, weight, bias, target = inputs(17, 64, 8, torch.float32, device)
     target[4] = 0
@@ -334,8 +333,8 @@ def test_components_that_are_a_transposed_view(device, k):
     """Those of a singular value decomposition are; k 16 fills a block, and is not padded."""
     x, mean, components, weight, bias, target = embeddings(17, 64, k, torch.float32, device)
     view = components.T.contiguous().T
-    torch.testing.assert_close(project(x, mean, view), project(x, mean, components))
-    wanted = reconstruct(x, mean, components, weight, bias, target)
+    torch.testing.assert_close(project(x, mean, view), (x - mean) @ components)
+    wanted = reference(x, mean, components, weight, bias, target)
     torch.testing.assert_close(reconstruct(x, mean, view, weight, bias, target), wanted)
 
 
@@ -684,7 +683,7 @@ def test_compiled_kernels_fit_the_hardware(compiled):
     assert code == 0
     rows = result["kernels"]
     launches = {(row["arch"], row["dtype"], row["launch"]) for row in rows}
-    assert len(launches) == len(rows) == 3 * (2 * 13 + 9)  # architectures, launches in halves and in float32
+    assert len(launches) == len(rows) == 3 * (2 * 16 + 12)  # architectures, launches in halves and in float32
     for row in rows:
         assert row["stack_bytes"] == 0 and row["spill_stores"] == 0, row
         assert row["shared_bytes"] <= row["shared_limit"] and row["blocks_per_multiprocessor"] >= 1, row

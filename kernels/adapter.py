@@ -11,15 +11,15 @@ FLOPs. From x, N d s + k d s and 2 N d k more. On an H200 in bfloat16 (4.3 TB/s,
 for 8,192 tokens from codes and 87 from x. An eager implementation passes over [N, d] six times more. Two forms:
 
     fused     one kernel (kernels/fused.py) from x, from codes, or from a table of codes by token id. z never leaves the
-              chip, y comes back from the cache once. Every 64 tokens read the whole weight. Read this one first.
+              chip, y comes back from the cache once. Every 64 tokens (32 in float32) read the whole weight.
     library   a matmul of torch, then one kernel that scales y in place.
 
 Which form where (`choose_form`; by arithmetic, no GPU has measured it):
 
     the table's projection, stages 1-3     fused: x -> codes, once for the V tokens of the vocabulary
     linear adapter of a small reader       fused: its weight [24, 192] has 18 KB; codes gathered by token id
-    linear adapter of llama-7b             library: 900 tokens are 15 programs of the fused kernel for 132
-                                           multiprocessors, and each would read 8 MB of weight
+    linear adapter of llama-7b             library: z of 512 codes in float32 does not stay on the chip, and 900 tokens
+                                           would be 15 to 30 programs for 132 multiprocessors
     mlp, codebook                          library. mlp: y = [z, hidden layer] @ [weight; weight2] + bias, 512 wider.
                                            codebook: its softmax over n tokens @ their embeddings, so k is n
     `reconstruct`, x -> out in one         fused from 8,192 tokens on, in halves: two matmuls and a norm take 1.3x as
@@ -123,7 +123,7 @@ def _project(x: Tensor, mean: Tensor, components: Tensor) -> Tensor:
 def _codes(x: Tensor, ids: Tensor | None, code_scale: Tensor | None, mean: Tensor | None, components: Tensor | None):
     """z [N, k]."""
     if components is not None:
-        return _project(x, mean, components)
+        return torch.ops.latentwire.project(x, mean, components)  # the operator: torch.compile traces the backward
     z = x if ids is None else x[ids]
     return z if code_scale is None else z / code_scale
 

@@ -3,7 +3,7 @@
 Each launch below is recorded from the launchers of fused.py, with the arguments that a GPU would get, and compiled
 for sm_90 (H100, H200), sm_80 (A100) and sm_89 (consumer cards with 99 KB of shared memory). Registers, stack and
 spills come from cuobjdump, which the triton wheel brings along. test_kernels.py holds the gate: no stack, no spills,
-shared memory within the limit, wgmma in the large-N kernels on sm_90.
+shared memory within the limit, wgmma in halves on sm_90.
 
     python kernels/aot.py [--arch 90] > results/kernels/aot.json        # takes minutes on two cores; Linux only
 """
@@ -65,7 +65,7 @@ def record(arch: int, dtype: torch.dtype, N: int = 65536) -> list[tuple[str, obj
 
     one = empty(1, dtype=torch.float32)
     try:
-        for d, k in ((192, 24), (4096, 100), (4096, 512)):  # a small reader, --code-dim 100, a 7B model
+        for d, k in ((192, 24), (192, 60), (4096, 100), (4096, 512)):  # small readers, --code-dim 100, a 7B model
             x, codes, mean, components, weight = empty(N, d), empty(N, k), empty(d), empty(d, k), empty(k, d)
             ids, code_scale = empty(N, dtype=torch.int64), empty(dtype=torch.float32)
             label = f"project d {d} k {k}"

@@ -147,10 +147,12 @@ def _tiles(k: int, like: Tensor, to_codes: bool) -> dict[str, int]:
     BK = max(16, triton.next_power_of_2(k))  # tensor cores multiply 16 at a time
     if to_codes:
         return {"BM": 64, "BN": 128 // like.itemsize, "BK": min(128, BK), "num_warps": 8, "num_stages": 3}
+    if like.itemsize == 4:  # three TF32 products for one, unrolled: larger blocks spill
+        return {"BM": 32, "BN": 32, "BK": BK, "num_warps": 4, "num_stages": 2}
     for BM, BN in ((64, 64), (64, 32), (32, 32)):
-        if (BM + 2 * BN) * BK * like.itemsize <= _shared_bytes(like) - 2048:
+        if (BM + 2 * BN) * BK * 2 <= _shared_bytes(like) - 2048:
             break
-    return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8 if BK * like.itemsize >= 256 else 4, "num_stages": 2}
+    return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8 if BK >= 128 else 4, "num_stages": 2}
 
 
 def _shared_bytes(like: Tensor) -> int:
