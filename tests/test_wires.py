@@ -138,6 +138,7 @@ def test_the_digest_is_of_tensors_and_config_and_older_wires_still_load(ladder, 
 @pytest.mark.parametrize(
     ("stage", "name", "change", "is_"),
     (
+        ("stage0", "encoder.layers.1.norm1.weight", lambda t: t * 0 + 1e38, "latents that are no numbers"),
         ("stage1", "mean", lambda t: t[1:], "[31] float32, and with its config.json should be [32] float32"),
         ("stage1", "components", lambda t: t.T, "[8, 32] float32, and with its config.json should be [32, 8]"),
         ("stage1", "target_rms", lambda t: t[None], "[1] float32, and with its config.json should be [] float32"),
