@@ -190,8 +190,10 @@ def diagnose(
     start: the wire before training; known: training rows for the probes; metrics, records: from `evaluate`.
     """
     reader = wire.reader
-    probe, guess = probe_tokens(wire, known, data.test)
     latents = latents_of(wire, data.test).flatten(1)  # [rows, M*256]
+    if not latents.isfinite().all():
+        raise UserError("the encoder makes latents that are no numbers: its weights are too large to be a trained wire")
+    probe, guess = probe_tokens(wire, known, data.test)
     unit = F.normalize(latents, dim=1)
     pairs = len(unit) * (len(unit) - 1)
     spectrum = torch.linalg.svdvals((latents - latents.mean(0)).cpu().double()).square()

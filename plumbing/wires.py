@@ -132,7 +132,7 @@ def load_wire(name: str, stage: str, contents: Contents) -> SavedWire:
     if config["wire_sha256"] not in (sha256, sha256_of(tensors)):  # the second is that of an older version
         raise UserError(f"{name}: wire.safetensors or config.json is damaged, or not the one that was written with it")
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise UserError(f"{name}: {key} in wire.safetensors holds NaN or infinity")
     return SavedWire(name, tensors, config, sha256)
 

@@ -17,6 +17,7 @@ import stage1_pca_adapter as stage1
 from common import Prompt, fit_pca, load_reader, token_counts
 from plumbing.data import load_data
 from plumbing.report import RESULT_KEYS
+from plumbing.wires import save_wire
 
 RUN_FILES = {"wire.safetensors", "config.json", "metrics.jsonl", "samples.md", "report.png", "checkpoint.safetensors"}
 
@@ -332,7 +333,7 @@ def test_a_wire_of_another_llm_is_refused(random_llm, ladder, tmp_path):
     shutil.copytree(ladder / "stage1", tmp_path / "wire")
     config = json.loads((tmp_path / "wire" / "config.json").read_text())
     config["model"] = str(save_random_llm(tmp_path / "b", _other_config(random_llm), random_llm))
-    (tmp_path / "wire" / "config.json").write_text(json.dumps(config))
+    save_wire(tmp_path / "wire", safetensors.torch.load_file(tmp_path / "wire" / "wire.safetensors"), config)
     run = run_stage(stage1, "--eval-only", tmp_path / "wire", "--out", tmp_path / "out")
     assert_refused(run, "trained for another LLM", tmp_path / "out")
 
