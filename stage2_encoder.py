@@ -23,6 +23,9 @@ Letters: B batch, N padded length in bytes, C encoder width, L tokens of a promp
 k code width.
 """
 
+import plumbing.early  # noqa: F401
+
+# isort: split
 import random
 import struct
 
@@ -51,14 +54,16 @@ from kernels.adapter import project
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved
 from plumbing.checkpoints import module_tensors
 from plumbing.data import halve_windows, load_data
+from plumbing.kinds import COUNT, TEXT, one_of, whole
 from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.spelling import odd_text, prefix_ids, spells, token_ends
 from plumbing.training import Run, identity, micro_batches
-from plumbing.wires import SavedWire, load_module, load_wire, open_out
-from stage1_pca_adapter import Adapter
+from plumbing.wires import Contents, SavedWire, load_module, load_wire, open_out
+from stage1_pca_adapter import ADAPTERS, Adapter
+from stage1_pca_adapter import WIRE as STAGE1_WIRE
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -81,11 +86,17 @@ REACH = LAYERS * (KERNEL // 2)  # bytes that a byte sees on each side
 WEIGHTS = {"end": 10, "mse": 1, "token": 1, "ce": 1}  # of the losses; a wrong end costs a token on each side of it
 ABLATIONS = {  # --without -> the losses that go with it
     "code-target": ("mse", "token"),
-    "boundary-target": ("end", "mse", "token"),  # a token is then 3 bytes, about one of the embedded readers
-    "stage1-adapter": ("token",),  # its keys are then random and to be learned: no target
     "pca": (),  # any k orthonormal directions instead of those of most variance
 }
-SHIPPED = {"tiny": "tiny/wires/stage1", "tiny-llama": "tiny/wires/stage1", "tiny-qwen": "tiny/wires/stage1-qwen"}
+WIRE = Contents(  # what is saved; anything else is refused
+    config={
+        "embedding_width": COUNT, "code_dim": COUNT, "adapter": one_of(*ADAPTERS), "stage1": TEXT,
+        "llm_steps": whole(0), "without": one_of(None, *ABLATIONS),
+    },
+    tensors=STAGE1_WIRE.tensors | {"prefix_codes": "n k float32"},  # n tokens start every prompt
+)  # fmt: skip
+CODEBOOKS = "tiny/wires/stage1-codebook", "tiny/wires/stage1-codebook-qwen"
+SHIPPED = {"tiny": CODEBOOKS[0], "tiny-llama": CODEBOOKS[0], "tiny-qwen": CODEBOOKS[1]}
 
 
 def parse_arguments():
@@ -144,7 +155,6 @@ class Wire:
         self.reader, self.encoder, self.adapter = reader, encoder, adapter
         self.prefix_codes, self.constant_rms = prefix_codes, rms  # [P,k], scalar
         self.code_scale = adapter.code_scale
-        self.fixed_length = 0  # in an ablation: bytes a token, instead of predicted ends
 
     @torch.no_grad()
     def segment(self, text: str) -> tuple[Tensor, Tensor]:
@@ -152,8 +162,6 @@ class Wire:
         data = to_bytes([text], self.reader.device)
         logits, features = self.encoder(data)  # [1,N], [1,N,C]
         is_end = logits[0] > 0
-        if self.fixed_length:
-            is_end = (torch.arange(data.shape[1], device=data.device) + 1) % self.fixed_length == 0
         is_end[-1] = True
         return is_end.nonzero()[:, 0] + 1, self.encoder.code(features[0, is_end]) * self.code_scale
 
@@ -283,13 +291,9 @@ def answer_loss(wire: Wire, rows: list[dict], batch: Batch, targets: int) -> Ten
     real = data < 256
     line, real_line = pack_texts(data, real)
     logits, features = wire.encoder(line)
-    if wire.fixed_length:
-        is_end = (torch.arange(data.shape[1], device=data.device) + 1) % wire.fixed_length == 0
-        is_end = is_end & real
-    else:
-        known, is_end, _ = known_targets(reader, texts, data)
-        found = torch.zeros_like(real).masked_scatter(real, logits[real_line] > 0)
-        is_end = torch.where(known.any(1, keepdim=True), is_end, found)
+    known, is_end, _ = known_targets(reader, texts, data)
+    found = torch.zeros_like(real).masked_scatter(real, logits[real_line] > 0)
+    is_end = torch.where(known.any(1, keepdim=True), is_end, found)
     is_end[torch.arange(len(data), device=data.device), real.sum(1) - 1] = True
     counts = is_end.sum(1).tolist()
     codes = (wire.encoder.code(features[real_line][is_end[real]]) * wire.code_scale).split(counts)  # [L,k] each
@@ -338,11 +342,7 @@ def load_stage1(args) -> SavedWire:
         raise UserError(
             f"stage 2 starts from a stage-1 wire: run stage1_pca_adapter.py --model {args.model}, then --stage1 DIR"
         )
-    keys = ("embedding_width", "code_dim", "adapter", "rms"), ("mean", "components", "target_rms")
-    below = load_wire(args.stage1, "stage1", *keys)
-    if below.config["rms"] != "constant":
-        raise UserError(f"{args.stage1} sends each token's RMS; stage 2 starts from a wire with --rms constant")
-    return below
+    return load_wire(args.stage1, "stage1", STAGE1_WIRE)
 
 
 def main() -> None:
@@ -351,9 +351,7 @@ def main() -> None:
     args = parse_arguments()
     saved = None
     if args.eval_only:
-        config_keys = (*FIXED_BY_WIRE, "embedding_width", "code_dim", "adapter", "metrics.train_seconds")
-        tensor_keys = ("mean", "components", "target_rms", "prefix_codes")
-        saved = load_wire(args.eval_only, STAGE, config_keys, tensor_keys)
+        saved = load_wire(args.eval_only, STAGE, WIRE)
     merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
     if args.smoke and not saved:
         args.llm_steps = min(args.llm_steps, 4)
@@ -374,26 +372,19 @@ def main() -> None:
     # model: PCA and adapter of stage 1, and the encoder. The LLM is frozen.
     (vocabulary, d), k, without = reader.table.shape, below.config["code_dim"], args.without
     mean, components, rms = (below.tensors[name].to(device) for name in ("mean", "components", "target_rms"))
-    if tuple(components.shape) != (d, k):
-        raise UserError(f"{below.name}: its components are {list(components.shape)}, not {[d, k]}")
     if without == "pca" and not saved:
         components = torch.linalg.qr(torch.randn(d, k)).Q.to(device)
     table_codes = project(reader.table, mean, components).to(torch.float16).float()  # [V,k]
     pca, ones = PCA(mean, components, torch.ones(d)), torch.ones(vocabulary, device=device)
     adapter = Adapter(below.config["adapter"], pca, reader, table_codes, ones).to(device)
-    if saved or without not in ("pca", "stage1-adapter"):
+    if saved or without != "pca":
         load_module(adapter, "adapter.", below.tensors, below.name)
-    elif without == "stage1-adapter":
-        for parameter in adapter.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=parameter.std().item())
     prefix_codes = saved.tensors["prefix_codes"].to(device) if saved else table_codes[prefix_ids(reader)]
     encoder = Encoder(k).to(device)
     if saved:
         load_module(encoder, "encoder.", saved.tensors, saved.name)
     wire = Wire(reader, encoder, adapter, prefix_codes, rms)
-    wire.fixed_length = 3 if without == "boundary-target" else 0
-    out = open_out(args.out)
+    out = open_out(args)
     trained_parameters = sum(p.numel() for p in encoder.parameters())
     print(f"encoder: {trained_parameters:,} trained parameters, a byte sees {REACH} on each side", flush=True)
     print(f"adapter {adapter.kind} of {args.stage1}, k {k} of d {d}", flush=True)
@@ -401,7 +392,7 @@ def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # training
     dropped = ABLATIONS.get(without, ())
-    always_through_llm = without in ("stage1-adapter", "code-target", "boundary-target")
+    always_through_llm = without == "code-target"
     parameters = [*encoder.parameters(), *adapter.parameters()]
     groups = [{"params": encoder.parameters()}, {"params": adapter.parameters()}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
@@ -418,7 +409,7 @@ def main() -> None:
         optimizer.param_groups[1]["lr"] = args.lr * warmth * (1.0 if always_through_llm else 0.1 * through_llm)
         rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
         parts = micro_batches(rows, args.micro_batch_size)
-        known = [] if "end" in dropped else step_targets(reader, parts, random.Random(f"{args.seed}-{step}-0"))
+        known = step_targets(reader, parts, random.Random(f"{args.seed}-{step}-0"))
         batches = [make_batch(reader, part) for part in parts] if through_llm else []
         # losses are means over the whole step, so that the micro-batch size changes nothing
         real_bytes = max(1, sum(int(real.sum()) for _, real, _, _ in known))
@@ -426,8 +417,7 @@ def main() -> None:
         targets = sum(len(batch.targets) for batch in batches)
         for number, part in my_share(enumerate(parts)):  # all of them, unless torchrun started several processes
             losses = dict.fromkeys(WEIGHTS, 0.0)
-            if known:
-                losses |= encoder_losses(wire, known[number], table_codes, real_bytes, tokens, "mse" not in dropped)
+            losses |= encoder_losses(wire, known[number], table_codes, real_bytes, tokens, "mse" not in dropped)
             if through_llm:
                 losses["ce"] = answer_loss(wire, part, batches[number], targets)
             losses |= dict.fromkeys(dropped, 0.0)

@@ -16,7 +16,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE.parent / "shared"  # real data and models beside the project, where there are any
-sys.path[:0] = [str(HERE), str(HERE / "tiny")]  # pretrain.py is a script beside world.py
+sys.path.insert(0, str(HERE))
 
 import plumbing.report  # noqa: E402
 import stage0_broken as stage0  # noqa: E402
@@ -93,7 +93,7 @@ def random_llm(tmp_path_factory) -> Path:
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
     return save_random_llm(tmp_path_factory.mktemp("llm"), config, HERE / "tiny" / "tiny-llama")
@@ -104,7 +104,7 @@ def ladder_flags(llm: Path, wires: Path) -> dict:
     on = ("--model", llm)
     return {
         "stage0": (stage0, (*on, "--smoke")),  # its linear probes are then fitted on 10 prompts, not on 1000
-        "stage1": (stage1, (*on, "--code-dim", "8")),
+        "stage1": (stage1, (*on, "--code-dim", "8", "--adapter", "codebook")),  # what stage 2 decodes with
         "stage2": (stage2, (*on, "--stage1", wires / "stage1", "--llm-steps", "2")),
         "stage3": (stage3, ("--stage2", wires / "stage2")),
         "direct": (stage3, (*on, "--receiver", "direct", "--wire", wires / "stage3")),
@@ -132,5 +132,5 @@ def no_picture(monkeypatch):
 @pytest.fixture(scope="session")
 def codec() -> stage3.Codec:
     """The sender of the shipped stage-3 wire."""
-    wire = load_wire(stage3.SHIPPED, "stage3", ("without",), stage3.NEEDED)
+    wire = load_wire(stage3.SHIPPED, "stage3", stage3.WIRE)
     return stage3.Codec(wire.tensors, wire.config["without"], CPU)

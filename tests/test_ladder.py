@@ -23,7 +23,7 @@ RUN_FILES = {"wire.safetensors", "config.json", "metrics.jsonl", "samples.md", "
 # name -> (which part of the ladder, more flags)
 CASES = {name: (name, ()) for name in LADDER} | {
     "stage1-mlp": ("stage1", ("--adapter", "mlp")),
-    "stage1-linear": ("stage1", ("--adapter", "linear", "--kd-weight", "1")),
+    "stage1-linear": ("stage1", ("--adapter", "linear")),
 }
 
 
@@ -235,7 +235,8 @@ MAY_IMPORT = {
     "stage3_full.py": "plumbing common kernels stage1_pca_adapter stage2_encoder stage3",
     "stage3/direct.py": "plumbing common kernels stage1_pca_adapter stage2_encoder stage3 stage3_full",
     "stage3/*": "plumbing common kernels stage1_pca_adapter stage2_encoder stage3",
-    "kernels/adapter.py": "",
+    "kernels/adapter.py": "kernels",
+    "kernels/fused.py": "",
 }
 FILES = [path.relative_to(HERE).as_posix() for path in (*HERE.glob("*.py"), *HERE.glob("*/*.py"))]
 FILES = sorted(file for file in FILES if any(fnmatch(file, pattern) for pattern in MAY_IMPORT))

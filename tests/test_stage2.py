@@ -40,7 +40,7 @@ def wire():
     torch.manual_seed(0)
     codes = torch.randn(len(reader.table), 24)
     pca = PCA(torch.zeros(192), torch.zeros(192, 24), torch.ones(192))
-    adapter = stage2.Adapter("codebook", pca, reader, codes, torch.ones(1024))
+    adapter = stage2.Adapter("codebook", pca, reader, codes, torch.ones(4096))
     return stage2.Wire(reader, stage2.Encoder(24).eval(), adapter, codes[[1]], torch.tensor(0.1))
 
 
@@ -225,7 +225,7 @@ def test_shipped_wire_reads_raw_bytes_as_the_text_is_read(wire_name, tmp_path):
 def test_a_text_that_the_tokens_do_not_spell_is_left_out_of_the_measurement(wire):
     good = {"context": "Sorlo owns a sledge.", "question": "How does Sorlo travel?"}
     odd = good | {"context": "Sorlo owns a \u2581."}  # the letter that this tokenizer writes for a space
-    codes = torch.randn(1024, 24)
+    codes = torch.randn(4096, 24)
     one = stage2.measure_encoder(wire, codes, [good])
     assert one["no_targets"] == 0
     assert stage2.measure_encoder(wire, codes, [odd, good]) == one | {"no_targets": 1}
