@@ -5,12 +5,13 @@
 
 Why this works where stage 0 fails: the input of the trained part is known (codes that keep most of the variance), its
 target is known (the LLM's own embeddings), it starts at a sensible answer (the PCA inverse), and the vectors that the
-LLM reads keep the statistics of real embeddings. Training has two parts:
+LLM reads keep the statistics of real embeddings. The loss needs no LLM:
 
-    1. seconds, without the LLM:  |decoded - embedding|^2 / variance, of tokens of the vocabulary
-    2. the steps of the run:      the same of the prompts' tokens + cross-entropy of every answer token, EOS included
+    loss = |decoded - embedding|^2 / variance, of tokens drawn as often as they occur
 
-Every run also measures the PCA inverse and the end of part 1, so that one sees what each part adds.
+An adapter that cannot come close to the embeddings, as `linear` cannot, gains from a second target: in the last
+`--llm-steps`, the loss is that of the prompts' tokens + cross-entropy of every answer token, EOS included. The default
+has no such step, because it gained nothing from them. Every run also measures the PCA inverse, where training starts.
 
 This compresses *dimensions* (192 -> 24), not bytes: 24 float16 numbers a token are more than the text. The table at the
 end says so. Bytes are stage 3's subject.
@@ -53,13 +54,13 @@ from common import (
     token_counts,
 )
 from kernels.adapter import adapt, project
-from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_int
+from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_int, whole_number
 from plumbing.checkpoints import module_tensors
 from plumbing.data import Data, load_data
 from plumbing.kinds import ANYTHING, COUNT, NUMBER, one_of
 from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
-from plumbing.processes import my_share
+from plumbing.processes import my_share, rank, world_size
 from plumbing.report import finish
 from plumbing.training import Run, identity, micro_batches
 from plumbing.wires import Contents, load_module, load_wire, open_out
@@ -71,9 +72,10 @@ STAGE = "stage1"
 CONFIG = dict(
     model="tiny",  # an alias, hub id or directory; tiny is embedded and needs no download
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=200,  # a minute and a half on two cores
-    batch_size=16,  # questions a step
-    lr=3e-3,  # peak; inputs and outputs are in units of their spread, so one rate fits all models
+    steps=3000,  # a minute on two cores
+    batch_size=16,  # questions of a step through the LLM
+    lr=1e-2,  # peak; inputs and outputs are in units of their spread, so one rate fits all models
+    llm_steps=0,  # the last ones, through the LLM
     code_dim=None,  # k, numbers a token; None: an eighth of the embedding width
     adapter="mlp",  # the smallest without a table of tokens that reads nearly like text; see class Adapter
 )
@@ -86,9 +88,8 @@ WIRE = Contents(  # what is saved; anything else is refused
     },
     tensors={"mean": "d float32", "components": "d k float32", "target_rms": "float32"},
 )  # fmt: skip
-BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.0  # few steps: a shorter memory; the PCA inverse must not be pulled towards zero
+TOKENS = 1024  # of a step without the LLM
 HIDDEN = 512  # numbers of each of the mlp's hidden layers
-FIT_STEPS, FIT_TOKENS, FIT_LR = 5, 1024, 1e-2  # of part 1: its steps for each of part 2, tokens of one, peak rate
 SMALL = 8192  # tokens: a codebook blends all of a vocabulary up to this size
 
 
@@ -97,6 +98,7 @@ def parse_arguments():
     add_arguments(parser, STAGE, CONFIG)
     add = parser.add_argument
     add("--code-dim", type=positive_int, help="k; default: an eighth of the embedding width")
+    add("--llm-steps", type=whole_number, default=CONFIG["llm_steps"], help="last steps, through the LLM (default: none)")
     add("--adapter", choices=ADAPTERS, help=f"default: {CONFIG['adapter']}")
     add("--dry-run", action="store_true", help="say what this model needs, from its shape alone")
     add("--random-weights", metavar="LAYERS", nargs="?", const=0, type=positive_int,
@@ -118,7 +120,7 @@ class Adapter(nn.Module):
     """The part that is trained. All three kinds start from the PCA and end in the same operator, kernels/adapter.py.
 
     linear    y = z A + b, started at the PCA inverse
-    mlp       + two hidden layers whose output starts at zero, then fitted to the embeddings
+    mlp       + two hidden layers whose output starts at zero
     codebook  a table of tokens: y = softmax(-|z - keys|^2 * sharpness / 2) @ table. keys [V,k] start at every token's
               code, the values are the LLM's frozen embedding table. Its output is always a mixture of real embeddings.
               Here it does little more than look the token up again; in stage 2, where codes are noisy, it decodes.
@@ -251,8 +253,8 @@ class Wire:
 # the loss: the embeddings that the code decodes to, and the answer that the LLM gives from them
 
 
-def step_losses(wire: Wire, batch: Batch, targets: int, sent_tokens: int, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross-entropy, MSE / variance) of a micro-batch: its part of the step's means.
+def llm_losses(wire: Wire, batch: Batch, targets: int, sent_tokens: int, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, MSE / variance) of a micro-batch: its part of the means of a step through the LLM.
 
     targets, sent_tokens: labels and tokens of the whole step; variance: of an embedding number.
     """
@@ -270,26 +272,10 @@ def step_losses(wire: Wire, batch: Batch, targets: int, sent_tokens: int, varian
     return ce, mse
 
 
-def fit_to_embeddings(wire: Wire, frequency: Tensor, variance: Tensor, steps: int, seed: int) -> None:
-    """Part 1 of the training: the adapter learns to decode tokens, drawn by their frequency [V], without the LLM."""
-    adapter, table = wire.adapter, wire.reader.table
-    matrices = [p for p in adapter.parameters() if p.ndim == 2]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=FIT_LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),  # half of Adam's error
-        torch.optim.AdamW([p for p in adapter.parameters() if p.ndim == 1], lr=FIT_LR, weight_decay=0.0),
-    ]
-    generator = torch.Generator(table.device).manual_seed(seed)
-    for step in range(steps):
-        ids = torch.multinomial(frequency, FIT_TOKENS, replacement=True, generator=generator)
-        decoded = adapter(wire.codes, wire.target_rms(ids), ids)
-        loss = (decoded - table[ids]).square().mean() / variance
-        loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = FIT_LR * min(1.0, (step + 1) / 50, 1 - step / steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    print(f"fitted to the embeddings alone: MSE / variance {loss.item():.3f}", flush=True)
+def token_loss(wire: Wire, ids: Tensor, tokens: int, variance: Tensor) -> Tensor:
+    """MSE / variance (scalar) of tokens ids [N]: their part of the mean over the `tokens` of the whole step."""
+    decoded = wire.adapter(wire.codes, wire.target_rms(ids), ids)  # [N,d]
+    return (decoded - wire.reader.table[ids]).square().sum() / (tokens * decoded.shape[1] * variance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,47 +334,53 @@ def main() -> None:
         pca.mean, pca.components, rms = (saved.tensors[n].to(device) for n in ("mean", "components", "target_rms"))
     wire = Wire(reader, pca, rms)
     adapter = wire.adapter = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)
-    out, batch_size = open_out(args), 2 * args.micro_batch_size  # without gradients, twice the rows fit
-    print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer)")
-    print(f"adapter {args.adapter}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters", flush=True)
     if saved:
         load_module(adapter, "adapter.", saved.tensors, saved.name)
-        fitted, explained = None, saved.config["controls"]["explained_variance"]
-    else:
-        if args.adapter == "mlp":  # a codebook knows the embeddings already, and a linear map starts at its best
-            fit_to_embeddings(wire, frequency, variance, FIT_STEPS * args.steps, args.seed)
-        fitted, explained = score_wire(wire, data, batch_size)[0], pca.explained
+    explained = saved.config["controls"]["explained_variance"] if saved else pca.explained
+    out = open_out(args)
+    print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer)")
+    print(f"adapter {args.adapter}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # training
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    # Muon, for matrices, leaves half the error of Adam; biases stay as they are
+    matrices = [p for p in adapter.parameters() if p.ndim == 2]
+    optimizer = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     modules, fits = {"adapter": adapter}, identity(args, reader.fingerprint)  # a checkpoint must fit this run
     run = Run(args, out, modules, optimizer, fits, show=lambda: show_samples(wire, data))
+    generator = torch.Generator(device)
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
         # warm-up over 5% of the steps, then linearly to zero
         warmth = min(1.0, (step + 1) / (0.05 * args.steps), (args.steps - step) / (0.95 * args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmth
-        rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
-        batches = [make_batch(reader, part) for part in micro_batches(rows, args.micro_batch_size)]
-        # losses are means over the whole step, so that the micro-batch size changes nothing
-        targets = sum(len(batch.targets) for batch in batches)
-        sent_tokens = sum(int(batch.sent.sum()) for batch in batches)
-        for batch in my_share(batches):  # all of them, unless torchrun started several processes
-            ce, mse = step_losses(wire, batch, targets, sent_tokens, variance)
-            (ce + mse).backward()
-            run.add(ce=ce, mse=mse)
+        optimizer.param_groups[0]["lr"] = args.lr * warmth
+        # losses are means over the whole step, of which each process (of torchrun, if there are several) has a part
+        if step < args.steps - args.llm_steps:
+            generator.manual_seed(args.seed * args.steps + step)
+            ids = torch.multinomial(frequency, TOKENS, replacement=True, generator=generator)
+            mse = token_loss(wire, ids.tensor_split(world_size())[rank()], TOKENS, variance)
+            mse.backward()
+            run.add(mse=mse)
+        else:
+            rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
+            batches = [make_batch(reader, part) for part in micro_batches(rows, args.micro_batch_size)]
+            targets = sum(len(batch.targets) for batch in batches)
+            sent_tokens = sum(int(batch.sent.sum()) for batch in batches)
+            for batch in my_share(batches):
+                ce, mse = llm_losses(wire, batch, targets, sent_tokens, variance)
+                (ce + mse).backward()
+                run.add(ce=ce, mse=mse)
         run.reduce()  # gradients and losses, summed over the processes
-        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(matrices, 1.0)
         if run.accepts(norm):  # neither NaN nor a spike
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: the wire and every control, on test passages whose names were never seen
+    batch_size = 2 * args.micro_batch_size  # no gradients: twice the rows fit
     metrics, records = evaluate(wire, data, batch_size)
     controls, answers = measure_controls(wire, pca, full_pca, counts, data, batch_size)
-    controls |= {"fitted": fitted, "explained_variance": explained}
+    controls["explained_variance"] = explained
     unit, note = "NLL", "must equal the NLL from text"
     if answers:
         same = sum(answer == record["text"] for answer, record in zip(answers, records, strict=True))
@@ -399,13 +391,11 @@ def main() -> None:
         (f"PCA inverse: {unit}", f"{controls['pca_inverse']:.3f}", variance_kept),
         (f"identity wire: {unit}", f"{controls['identity']:.3f}", f"k = d, RMS sent: {note}"),
     ]
-    if fitted is not None:
-        rows.insert(1, (f"fitted: {unit}", f"{fitted:.3f}", "the adapter before it learned through the LLM"))
     config = {"embedding_width": d, "code_dim": k, "adapter": args.adapter}
     tensors = {"mean": pca.mean, "components": pca.components, "target_rms": wire.constant_rms}
     tensors |= module_tensors(modules)
     title = f"stage 1: {args.adapter}, {d} -> {k} numbers a token"
-    bars = {"fitted": fitted, "PCA inverse": controls["pca_inverse"], "identity": controls["identity"]}
+    bars = {"PCA inverse": controls["pca_inverse"], "identity": controls["identity"]}
     finish(run, reader, saved, title, metrics, controls, config, rows, records, tensors, bars=bars)
 
 

@@ -51,7 +51,7 @@ from common import (
     to_bytes,
 )
 from kernels.adapter import project
-from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved
+from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, whole_number
 from plumbing.checkpoints import module_tensors
 from plumbing.data import halve_windows, load_data
 from plumbing.kinds import COUNT, TEXT, one_of, whole
@@ -104,12 +104,9 @@ def parse_arguments():
     add_arguments(parser, STAGE, CONFIG)
     add = parser.add_argument
     add("--stage1", metavar="WIRE_DIR", help="the trained stage-1 wire to start from; default: the shipped one")
-    add("--llm-steps", type=int, help=f"how many last steps go through the LLM; default: {CONFIG['llm_steps']}")
+    add("--llm-steps", type=whole_number, help=f"last steps, through the LLM; default: {CONFIG['llm_steps']}")
     add("--without", choices=ABLATIONS, help="an ablation: leave this known target or start out")
-    args = finish_arguments(parser)
-    if args.llm_steps is not None and args.llm_steps < 0:
-        parser.error(f"argument --llm-steps: must be 0 or more, not {args.llm_steps}")
-    return args
+    return finish_arguments(parser)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

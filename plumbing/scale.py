@@ -143,7 +143,7 @@ def steps_of(stage1: ModuleType, wire, batch: Batch) -> dict:
         optimizer.zero_grad(set_to_none=True)
 
     def with_wire() -> None:
-        ce, mse = stage1.step_losses(wire, batch, targets, sent, variance)
+        ce, mse = stage1.llm_losses(wire, batch, targets, sent, variance)
         update(ce + mse)
 
     def alone() -> None:
@@ -321,7 +321,7 @@ class CannotTrace(UserError):
 
 
 def trace(stage1: ModuleType, args, dtype: torch.dtype, checkpointing: bool) -> dict:
-    """What one micro-batch of stage 1 takes: shapes, bytes at its peak, FLOPs. Mirrors `stage1.step_losses`."""
+    """What one micro-batch of stage 1 takes: shapes, bytes at its peak, FLOPs. Mirrors `stage1.llm_losses`."""
     with FakeTensorMode(), PeakMemory() as memory:
         reader = random_reader(args.model, args.random_weights or None, torch.device("cpu"), dtype)
         V, d = reader.table.shape

@@ -296,7 +296,7 @@ def stage1_adapters() -> list[str]:
 def stage1_real_weights() -> list[str]:
     columns = {"adapter": "{adapter}"}
     columns |= {"NLL through the wire": "{nll_wire:.3f}", "NLL from text": "{nll_text:.3f}"}
-    columns |= {"untrained": "{untrained:.3f}", "PCA inverse": "{pca_inverse:.3f}", "identity wire": "{identity:.3f}"}
+    columns |= {"PCA inverse": "{pca_inverse:.3f}", "identity wire": "{identity:.3f}"}
     return table([run for run in STAGE1 if run["data"].endswith(".txt")], columns | COMMAND)
 
 
@@ -366,7 +366,6 @@ def stage3_direct() -> list[str]:
 def stage3_ablations() -> list[str]:
     left_out = {
         "seed0": "nothing",
-        "one-receiver": "the second receiver",
         "without-copies": "copying from the message",
         "without-context": "the last 8 indices",
         "without-prediction": "any prediction: 10 bits per index",

@@ -89,13 +89,10 @@ def stage3(shared: str) -> dict[str, list[str]]:
     for without in ("copies", "context"):
         runs[f"without-{without}"] = ["--model", "tiny", "--without", without]
     runs["without-prediction"] = ["--model", "tiny", "--without", "prediction", "--steps", "1"]  # learns nothing
-    runs["one-receiver"] = ["--stage2", "tiny/wires/stage2"]
     direct = ["--receiver", "direct", "--rate"]
-    for model in WIDTHS:
-        runs[f"direct-{model}-rate2"] = ["--model", model, *direct, "2", "--batch-size", "16", "--lr", "1.5e-3"]
-        wire = f"out/results/stage3/direct-{model}-rate2"
-        for rate in ("1.5", "3"):
-            runs[f"direct-{model}-rate{rate}"] = ["--eval-only", wire, *direct, rate]
+    runs["direct-rate2"] = ["--model", "tiny", *direct, "2", "--batch-size", "16", "--lr", "1.5e-3"]
+    for rate in ("1.5", "3"):
+        runs[f"direct-rate{rate}"] = ["--eval-only", "out/results/stage3/direct-rate2", *direct, rate]
     for data in TESTS:
         runs[data] = ["--eval-only", "tiny/wires/stage3", "--data", data, "--eval-examples", "300"]
     return runs
@@ -126,7 +123,8 @@ def measure(stage: str, name: str, flags: list[str], threads: int, device: str) 
     if target.exists():
         return True
     out = ROOT / "out" / "results" / stage / name
-    command = [sys.executable, SCRIPTS[stage], *flags, "--device", device, "--out", str(out)]
+    # an interrupted run begins anew, so that its row has the time of a whole one
+    command = [sys.executable, SCRIPTS[stage], *flags, "--device", device, "--out", str(out), "--overwrite"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -165,12 +163,8 @@ if __name__ == "__main__":
         flags = [*stage1(args.shared)["stories260k-k8-codebook"], "--device", "cpu", "--out", STORIES_WIRE]
         subprocess.run([sys.executable, SCRIPTS["stage1"], *flags], cwd=ROOT, check=True)
     threads = max(1, os.cpu_count() // args.workers)
-    # what evaluates a wire, or trains it further, comes after what trains it
-    order = [
-        lambda f: "--wire" not in f and "--eval-only" not in f,
-        lambda f: "--wire" in f,
-        lambda f: "--eval-only" in f,
-    ]
+    # what evaluates a wire comes after what trains it
+    order = (lambda f: "--eval-only" not in f, lambda f: "--eval-only" in f)
     done = []
     for chosen in order:
         half = {name: flags for name, flags in runs.items() if chosen(flags)}

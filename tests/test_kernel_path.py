@@ -64,7 +64,7 @@ def test_stage1_projects_once_and_decodes_by_id(launches, reader, kind):
     wire.adapter = stage1.Adapter(kind, pca, reader, wire.codes, counts)
     batch, variance = make_batch(reader, [ROW]), torch.tensor(1.0)
     launches.clear()
-    sum(stage1.step_losses(wire, batch, len(batch.targets), int(batch.sent.sum()), variance)).backward()
+    sum(stage1.llm_losses(wire, batch, len(batch.targets), int(batch.sent.sum()), variance)).backward()
     assert launches == [*BY_IDS[kind], "unmatch_rms"]
     launches.clear()
     wire.receive(wire.send(stage1.Prompt("", [5, 7, 7], False)))

@@ -15,6 +15,7 @@ from conftest import HERE, LADDER, QUICK, ladder_flags, run_stage, succeed
 
 import plumbing.report
 import plumbing.training
+from plumbing.checkpoints import read_checkpoint
 from plumbing.data import Data
 from plumbing.report import RESULT_KEYS
 from stage3 import direct
@@ -186,18 +187,19 @@ def test_a_resumed_run_equals_an_unbroken_one(case, tmp_path, monkeypatch, no_pi
 
 @trained("stage1-mlp")
 def test_micro_batches_change_nothing(case, tmp_path, no_picture):
-    """Adam forgives a wrong scale of the gradient, so the losses are compared as well."""
+    """Adam keeps means of the gradients, which are compared: its steps follow even a gradient that is rounding."""
     case.run("--micro-batch-size", "1", "--out", tmp_path)
     for mine, theirs in zip(history(tmp_path), history(case.out), strict=True):
         assert mine.keys() == theirs.keys()
         for key in (key for key in theirs if key.startswith("loss_")):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=5e-7), key
-    mine, theirs = wire_of(tmp_path), wire_of(case.out)
+    mine, theirs = (read_checkpoint(out / "checkpoint.safetensors")[0] for out in (tmp_path, case.out))
     assert mine.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        # the bias of an attention's keys changes nothing: its gradient is rounding, which Adam follows
-        atol = 1e-3 if name.endswith("in_proj_bias") else 1e-4
-        torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+    means = [name for name in theirs if name.endswith((".exp_avg", ".momentum_buffer"))]
+    assert means
+    for name in means:
+        atol = 5e-3 * theirs[name].abs().max().item()
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=atol, msg=lambda t, n=name: f"{n}: {t}")
 
 
 @trained("stage1-mlp", "stage1-linear")

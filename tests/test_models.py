@@ -26,7 +26,7 @@ from plumbing.launch import UserError
 from plumbing.models import check_embeddings, checkpoint_layers, weight_bytes
 from plumbing.spelling import tokenize
 
-V = 2064  # more than either tokenizer knows: real models pad their tables
+V = 4112  # more than either tokenizer knows: real models pad their tables
 SMALL = dict(
     vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=None,

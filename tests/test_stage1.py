@@ -31,7 +31,7 @@ def test_smoke_run_ends_with_a_table_and_the_contract_json(model, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == RUN_FILES
     result = run.result
     assert list(result) == RESULT_KEYS
-    assert result["f1"] >= 90 and result["text_f1"] >= 90  # 12 steps on 40 rows: the codebook starts close
+    assert result["text_f1"] >= 60 and result["f1"] >= 10  # 40 rows; after 12 steps, not far from the PCA inverse
     assert result["no_context_f1"] < 25 and result["shuffled_f1"] < 25
     assert result["truncated_f1"] == result["text_f1"]  # stage 1 has as many positions as the text
     # count + L codes of d/8 float16 numbers, and nothing else
@@ -50,7 +50,7 @@ def test_the_picture_has_every_control(random_llm, tmp_path, monkeypatch):
     monkeypatch.setattr(plumbing.report, "draw_report", picture)
     succeed(stage1, *QUICK, "--model", random_llm, "--code-dim", "8", "--out", tmp_path)
     _, history, _, bars, _, _ = picture.call_args.args
-    names = {"fitted": "fitted", "PCA inverse": "pca_inverse", "identity": "identity"}
+    names = {"PCA inverse": "pca_inverse", "identity": "identity"}
     assert list(bars) == ["text", "wire", *names, "no context", "shuffled"] and len(history) == 4
     controls = json.loads((tmp_path / "config.json").read_text())["controls"]
     assert all(bars[name] == pytest.approx(controls[key], rel=1e-5) for name, key in names.items())
@@ -114,8 +114,8 @@ def test_the_identity_control_of_a_run_is_such_a_wire(random_llm, tmp_path, monk
     scored, score_wire = [], stage1.score_wire
     monkeypatch.setattr(stage1, "score_wire", lambda wire, *args: scored.append(wire) or score_wire(wire, *args))
     succeed(stage1, *QUICK, "--model", random_llm, "--code-dim", "8", "--out", tmp_path)
-    assert [wire.width for wire in scored] == [8, 8, 8, 32]  # fitted, trained, PCA inverse, identity
-    assert [wire.adapter.kind for wire in scored] == ["mlp", "mlp", "linear", "linear"]
+    assert [wire.width for wire in scored] == [8, 32]  # the PCA inverse and the identity wire
+    assert [wire.adapter.kind for wire in scored] == ["linear", "linear"]
     ids = list(range(0, 4096, 3))
     rebuilt = scored[-1].receive(scored[-1].send(Prompt("", ids, False)))
     torch.testing.assert_close(rebuilt, scored[-1].reader.table[ids], atol=1e-6, rtol=1e-4)
@@ -197,8 +197,8 @@ def test_real_pretrained_weights_on_text(tmp_path):
     model = need(SHARED / "models" / "stories260k")
     text = need(SHARED / "data" / "text" / "tinystories_sample.txt").read_text()[:30_000]
     (tmp_path / "stories.txt").write_text(text)
-    flags = ("--model", model, "--data", tmp_path / "stories.txt", "--code-dim", "8", "--steps", "4")
-    result = succeed(stage1, *flags, "--batch-size", "4", "--out", tmp_path / "out").result
+    flags = ("--model", model, "--data", tmp_path / "stories.txt", "--code-dim", "8", "--steps", "300")
+    result = succeed(stage1, *flags, "--out", tmp_path / "out").result
     assert result["f1"] is None and result["retention"] is None
     assert 1.5 < result["nll_text"] < 2.5 and result["nll_text"] < result["nll_wire"] < 4
     assert result["positions"] == result["text_positions"] > 100
@@ -360,7 +360,7 @@ def test_out_of_memory_suggests_smaller_micro_batches(random_llm, tmp_path, monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(stage1, "answer_logits", answer_logits)
-    run = run_stage(stage1, *QUICK, "--model", random_llm, "--out", tmp_path / "out")
+    run = run_stage(stage1, *QUICK, "--llm-steps", "1", "--model", random_llm, "--out", tmp_path / "out")
     assert run.code == 2 and "--micro-batch-size" in run.stderr and run.stderr.count("\n") == 1
 
 

@@ -261,7 +261,7 @@ def test_a_stage1_wire_that_does_not_fit_is_refused(tmp_path, random_llm):
         (("--model", "tiny-qwen", "--stage1", HERE / "tiny/wires/stage1"), "was trained for another LLM"),
         (("--stage1", tmp_path), "is not a trained wire"),
         (("--model", random_llm), "stage 2 starts from a stage-1 wire"),
-        (("--llm-steps", "-1"), "--llm-steps: must be 0 or more"),
+        (("--llm-steps", "-1"), "--llm-steps: must be a whole number of at least 0"),
     ):
         run = run_stage(stage2, *flags, "--out", tmp_path / "out")
         assert run.code == 2 and words in run.stderr and run.stderr.count("\n") == 1, run.stderr
