@@ -66,7 +66,8 @@ class Run:
         self.losses: dict[str, float] = {}
         self.notes: dict[str, float] = {}
         self.saved_step, self.saved_at, self.shown_at = self.state["step"], time.monotonic(), time.monotonic()
-        self.signal: int | None = None
+        self.signal: int | None = None  # that came
+        self.ending: int | None = None  # that ends the run now: with several processes, in all of them after one step
         self.evaluated_at = time.perf_counter()  # when the evaluation began; `finish` reads it
 
     @property
@@ -94,6 +95,7 @@ class Run:
                 if self.checkpoint_is_due():
                     self.save()
             if self.signal is not None:  # it came while the last samples were shown
+                self.ending = self.signal
                 self.save()
         finally:
             for number, handler in handlers.items():
@@ -166,20 +168,21 @@ class Run:
 
     def checkpoint_is_due(self) -> bool:
         waited = time.monotonic() - self.saved_at > self.SECONDS
+        self.ending = self.signal  # read once: the next one may come at any moment, and counts after the next step
         if world_size() > 1:  # all save together: at a signal to any of them, and by the clock of rank 0
-            news = torch.tensor([self.signal or 0, waited and not rank()], dtype=torch.int64)
+            news = torch.tensor([self.ending or 0, waited and not rank()], dtype=torch.int64)
             torch.distributed.all_reduce(news, torch.distributed.ReduceOp.MAX)
-            self.signal, waited = news[0].item() or None, bool(news[1])
+            self.ending, waited = news[0].item() or None, bool(news[1])
         step = self.state["step"]
-        return step % max(1, self.total // 4) == 0 or step == self.total or waited or self.signal is not None
+        return step % max(1, self.total // 4) == 0 or step == self.total or waited or self.ending is not None
 
     def save(self) -> None:
         """Write the checkpoint, and end the run if a signal asked for it."""
         save_checkpoint(self.path, self.modules, self.optimizer, self.state | {"identity": self.identity})
         self.saved_step, self.saved_at = self.state["step"], time.monotonic()
-        if self.signal == signal.SIGINT:
+        if self.ending == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal is not None:
+        if self.ending is not None:
             print(f"terminated after step {self.saved_step}; --resume goes on from there", file=sys.stderr)
-            sys.exit(128 + self.signal)
+            sys.exit(128 + self.ending)
         self.show()

@@ -299,6 +299,21 @@ def test_an_interrupted_and_resumed_run_ends_where_an_unbroken_one_does(end, at,
     assert whole.history[9]["lr"] == pytest.approx(0.1 * 51 / 60) and whole.history[9]["bias"] != 0
 
 
+def test_a_signal_that_comes_while_processes_agree_counts_after_the_next_step(tmp_path, monkeypatch):
+    run, calls = start(tmp_path), []
+
+    def all_reduce(*_):
+        calls.append(run.state["step"])
+        if len(calls) == 1:  # the numbers of this step have been read, and the others know of no signal
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("plumbing.training.world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with pytest.raises(SystemExit) as caught:
+        train(run)
+    assert caught.value.code == 143 and calls == [1, 2] and run.saved_step == 2
+
+
 def test_a_signal_after_the_last_step_ends_the_run(tmp_path):
     run = start(tmp_path)
     run.show = lambda: signal.raise_signal(signal.SIGTERM) if run.state["step"] == run.total else None
