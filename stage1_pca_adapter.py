@@ -98,7 +98,7 @@ def parse_arguments():
     add_arguments(parser, STAGE, CONFIG)
     add = parser.add_argument
     add("--code-dim", type=positive_int, help="k; default: an eighth of the embedding width")
-    add("--llm-steps", type=whole_number, default=CONFIG["llm_steps"], help="last steps, through the LLM (default: none)")
+    add("--llm-steps", type=whole_number, default=CONFIG["llm_steps"], help="last steps, through the LLM")
     add("--adapter", choices=ADAPTERS, help=f"default: {CONFIG['adapter']}")
     add("--dry-run", action="store_true", help="say what this model needs, from its shape alone")
     add("--random-weights", metavar="LAYERS", nargs="?", const=0, type=positive_int,

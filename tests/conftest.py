@@ -23,6 +23,7 @@ import stage0_broken as stage0  # noqa: E402
 import stage1_pca_adapter as stage1  # noqa: E402
 import stage2_encoder as stage2  # noqa: E402
 import stage3_full as stage3  # noqa: E402
+from plumbing.checkpoints import CHECKPOINT, read_checkpoint  # noqa: E402
 from plumbing.launch import launch  # noqa: E402
 from plumbing.wires import load_wire  # noqa: E402
 
@@ -134,3 +135,17 @@ def codec() -> stage3.Codec:
     """The sender of the shipped stage-3 wire."""
     wire = load_wire(stage3.SHIPPED, "stage3", stage3.WIRE)
     return stage3.Codec(wire.tensors, wire.config["without"], CPU)
+
+
+def assert_same_gradients(out: Path, other: Path) -> None:
+    """Two runs ended with the same means of their gradients, which the optimiser keeps in the checkpoint.
+
+    Weights say less: Adam's steps forgive a wrong scale of the gradient, and follow even one that is rounding.
+    """
+    mine, theirs = (read_checkpoint(folder / CHECKPOINT)[0] for folder in (out, other))
+    assert mine.keys() == theirs.keys()
+    means = [name for name in theirs if name.endswith((".exp_avg", ".momentum_buffer"))]
+    assert means
+    for name in means:
+        atol = 5e-3 * theirs[name].abs().max().item()
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=atol, msg=lambda t, n=name: f"{n}: {t}")

@@ -11,11 +11,10 @@ from types import ModuleType
 import pytest
 import safetensors.torch
 import torch
-from conftest import HERE, LADDER, QUICK, ladder_flags, run_stage, succeed
+from conftest import HERE, LADDER, QUICK, assert_same_gradients, ladder_flags, run_stage, succeed
 
 import plumbing.report
 import plumbing.training
-from plumbing.checkpoints import read_checkpoint
 from plumbing.data import Data
 from plumbing.report import RESULT_KEYS
 from stage3 import direct
@@ -153,7 +152,8 @@ def test_another_seed_gives_other_rows_and_another_wire(case, tmp_path, monkeypa
     case.run("--seed", "6", "--out", tmp_path)
     mine, theirs = wire_of(tmp_path), wire_of(case.out)
     assert mine.keys() == theirs.keys() and not all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    steps = [(6, start, 4) for start in (0, 4, 8, 12)]
+    starts = (8, 12) if case.module.STAGE == "stage1" else (0, 4, 8, 12)  # stage 1 reads in its steps through the LLM
+    steps = [(6, start, 4) for start in starts]
     assert [rows for rows in asked if rows in steps] == steps  # every step reads on where the last one stopped
     assert {seed for seed, _, _ in asked} == {6}
 
@@ -187,19 +187,12 @@ def test_a_resumed_run_equals_an_unbroken_one(case, tmp_path, monkeypatch, no_pi
 
 @trained("stage1-mlp")
 def test_micro_batches_change_nothing(case, tmp_path, no_picture):
-    """Adam keeps means of the gradients, which are compared: its steps follow even a gradient that is rounding."""
     case.run("--micro-batch-size", "1", "--out", tmp_path)
     for mine, theirs in zip(history(tmp_path), history(case.out), strict=True):
         assert mine.keys() == theirs.keys()
         for key in (key for key in theirs if key.startswith("loss_")):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=5e-7), key
-    mine, theirs = (read_checkpoint(out / "checkpoint.safetensors")[0] for out in (tmp_path, case.out))
-    assert mine.keys() == theirs.keys()
-    means = [name for name in theirs if name.endswith((".exp_avg", ".momentum_buffer"))]
-    assert means
-    for name in means:
-        atol = 5e-3 * theirs[name].abs().max().item()
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=atol, msg=lambda t, n=name: f"{n}: {t}")
+    assert_same_gradients(tmp_path, case.out)
 
 
 @trained("stage1-mlp", "stage1-linear")
