@@ -72,7 +72,7 @@ STAGE = "stage1"
 CONFIG = dict(
     model="tiny",  # an alias, hub id or directory; tiny is embedded and needs no download
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=3000,  # a minute on two cores
+    steps=2000,  # half a minute on two cores
     batch_size=16,  # questions of a step through the LLM
     lr=1e-2,  # peak; inputs and outputs are in units of their spread, so one rate fits all models
     llm_steps=0,  # the last ones, through the LLM
@@ -88,7 +88,7 @@ WIRE = Contents(  # what is saved; anything else is refused
     },
     tensors={"mean": "d float32", "components": "d k float32", "target_rms": "float32"},
 )  # fmt: skip
-TOKENS = 1024  # of a step without the LLM
+TOKENS = 512  # of a step without the LLM
 HIDDEN = 512  # numbers of each of the mlp's hidden layers
 SMALL = 8192  # tokens: a codebook blends all of a vocabulary up to this size
 

@@ -268,10 +268,10 @@ class Codec:
         data = to_bytes(texts, self.device)
         real = data < 256
         line, real_line = pack_texts(data, real)
-        logits, features = self.encoder(line)
+        logits = self.encoder(line)
         is_end = torch.zeros_like(real).masked_scatter(real, logits[real_line] > 0)
         is_end[torch.arange(len(data), device=data.device), real.sum(1) - 1] = True
-        z = self.encoder.code(features[real_line][is_end[real]])  # [n,k]
+        z = self.encoder.codes(data, is_end)  # [n,k]
         distance = self.keys.square().sum(1) - 2 * z @ self.keys.T  # [n,V], without the part that all keys share
         nearest = distance.masked_fill(~self.spells, math.inf).argmin(1).tolist()
         lists, at = [], 0

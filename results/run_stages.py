@@ -30,6 +30,8 @@ SCRIPTS = {
     "scale": "stage1_pca_adapter.py",
 }
 WIDTHS = {"tiny": (24, 12), "tiny-qwen": (20, 10)}  # 8x and 16x fewer dimensions than 192 and 160
+# linear needs the LLM to choose what it gets right; a codebook starts where it should end
+ADAPTERS = {"mlp": [], "linear": ["--steps", "200", "--llm-steps", "200"], "codebook": ["--steps", "20"]}
 STORIES_WIRE = "out/results/stage1/stories260k-k8-codebook"  # not shipped: made when it is not there
 CHECKPOINTING = "--gradient-checkpointing"
 # test sets of the world: relations and forms that training never saw, everyday texts, and five ways of writing
@@ -55,12 +57,12 @@ def stage1(shared: str) -> dict[str, list[str]]:
     if (ROOT / shared).is_dir():
         stories = ["--model", f"{shared}/models/stories260k", "--code-dim", "8"]
         text = ["--data", f"{shared}/data/text/tinystories_sample.txt"]
-        for adapter in ("codebook", "linear", "mlp"):
-            runs[f"stories260k-k8-{adapter}"] = [*stories, *text, "--adapter", adapter]
+        for adapter, more in ADAPTERS.items():
+            runs[f"stories260k-k8-{adapter}"] = [*stories, *text, "--adapter", adapter, *more]
     for model, widths in WIDTHS.items():  # one seed: these explain the headline, they are not it
         for k in widths:
             for adapter in ("linear", "codebook"):
-                flags = ["--model", model, "--code-dim", str(k), "--adapter", adapter]
+                flags = ["--model", model, "--code-dim", str(k), "--adapter", adapter, *ADAPTERS[adapter]]
                 runs[f"{model}-k{k}-{adapter}-seed0"] = [*flags, "--seed", "0"]
     return runs
 
