@@ -46,8 +46,9 @@ def entry_of(receivers: list[dict], reader: Reader, wire: str) -> dict:
     for entry in receivers:
         if entry["fingerprint"] == reader.fingerprint:
             return entry
-    names = ", ".join(entry["model"] for entry in receivers)
-    raise UserError(f"{wire} has no receiver for {reader.name}, only for {names}: train a stage-2 wire for it")
+    names = ", ".join(f"{entry['model']} ({entry['fingerprint']})" for entry in receivers)
+    mine = f"{reader.name} ({reader.fingerprint})"
+    raise UserError(f"{wire} has no receiver for {mine}, only for {names}: train a stage-2 wire for it")
 
 
 def load_receiver(tensors: dict[str, Tensor], entry: dict, reader: Reader, wire: str) -> Stage2Wire:
