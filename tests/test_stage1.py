@@ -253,7 +253,7 @@ REFUSED = [
     (("--eval-only", "tests"), "not a trained wire"),
     (("--eval-only", "tiny/wires/stage1", "--model", "tiny-qwen"), "--model tiny"),
     (("--eval-only", "tiny/wires/stage1", "--code-dim", "12"), "--code-dim 24"),
-    (("--eval-only", "tiny/wires/stage1", "--adapter", "linear"), "--adapter codebook"),
+    (("--eval-only", "tiny/wires/stage1", "--adapter", "linear"), "--adapter mlp"),
 ]
 
 
