@@ -66,8 +66,8 @@ class Run:
         self.losses: dict[str, float] = {}
         self.notes: dict[str, float] = {}
         self.saved_step, self.saved_at, self.shown_at = self.state["step"], time.monotonic(), time.monotonic()
-        self.signal: int | None = None  # that came
-        self.ending: int | None = None  # that ends the run now: with several processes, in all of them after one step
+        self.signal: int | None = None  # the last one that came to this process
+        self.ending: int | None = None  # the one that ends the run after this step; all processes agree on it
         self.evaluated_at = time.perf_counter()  # when the evaluation began; `finish` reads it
 
     @property
@@ -168,7 +168,7 @@ class Run:
 
     def checkpoint_is_due(self) -> bool:
         waited = time.monotonic() - self.saved_at > self.SECONDS
-        self.ending = self.signal  # read once: the next one may come at any moment, and counts after the next step
+        self.ending = self.signal  # a signal that comes after this line counts after the next step
         if world_size() > 1:  # all save together: at a signal to any of them, and by the clock of rank 0
             news = torch.tensor([self.ending or 0, waited and not rank()], dtype=torch.int64)
             torch.distributed.all_reduce(news, torch.distributed.ReduceOp.MAX)
