@@ -37,6 +37,7 @@ from plumbing.spelling import Spelling, tokenize
 
 IGNORE = -100  # a label that the loss skips
 MAX_NEW_TOKENS = 32  # of an answer
+TOKEN_CHARACTERS = 16  # no text has more a token on average: what lies beyond is not even tokenised
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the reader: a frozen LLM, and its embeddings
@@ -59,6 +60,11 @@ class Reader:
     def prompt_tokens(self) -> int:
         """The longest prompt that leaves room for the answer."""
         return self.context_tokens - MAX_NEW_TOKENS
+
+    @property
+    def context_characters(self) -> int:
+        """What a context can hold: of a passage of megabytes, no more is looked at."""
+        return TOKEN_CHARACTERS * self.context_tokens
 
     @functools.cached_property
     def values(self) -> Tensor:
@@ -175,12 +181,13 @@ def make_prompt(reader: Reader, context: str, question: str, max_tokens: int | N
     Only the context is ever cut, from its end. Raises UserError if the question alone does not fit.
     """
     limit = reader.prompt_tokens if max_tokens is None else max_tokens
-    text = prompt_text(reader, context, question)
+    whole, context, asked = context, context[: reader.context_characters], question[: reader.context_characters]
+    text = prompt_text(reader, context, asked)
     ids = tokenize(reader, text)
-    if len(ids) <= limit:
-        return Prompt(text, ids, False, context, question)
+    if len(ids) <= limit and asked == question:
+        return Prompt(text, ids, context != whole, context, question)
     low, high = 0, len(context)  # the longest prefix of the context that fits, by bisection over characters
-    if len(tokenize(reader, prompt_text(reader, "", question))) > limit:
+    if asked != question or len(tokenize(reader, prompt_text(reader, "", question))) > limit:
         raise UserError(f"a question of {len(question)} characters does not fit into {limit} tokens: {question[:60]!r}")
     while low < high:
         middle = (low + high + 1) // 2
@@ -274,7 +281,8 @@ def make_batch(reader: Reader, rows: list[dict]) -> Batch:
             sequences.append((row["ids"], len(row["ids"]), 1))
         else:
             prompt = make_prompt(reader, row["context"], row["question"])
-            answer = answer_ids(reader, prompt, row["answers"][0])[:MAX_NEW_TOKENS]
+            answer = row["answers"][0][: TOKEN_CHARACTERS * MAX_NEW_TOKENS]
+            answer = answer_ids(reader, prompt, answer)[:MAX_NEW_TOKENS]
             sequences.append((prompt.ids + answer, len(prompt.ids), len(prompt.ids)))
     ids = pad_sequence([torch.tensor(sequence) for sequence, _, _ in sequences], batch_first=True)  # [B, T]
     attention, sent = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -481,7 +489,8 @@ def token_counts(reader: Reader, data: Data, seed: int, passages: int = 2000) ->
         if data.kind == "text":
             lists = [row["ids"] for row in part]
         else:
-            prompts = [prompt_text(reader, row["context"], row["question"]) for row in part]
+            longest = reader.context_characters
+            prompts = [prompt_text(reader, row["context"][:longest], row["question"]) for row in part]
             special = not reader.tokenizer.chat_template
             lists = reader.tokenizer(prompts, add_special_tokens=special, verbose=False)["input_ids"]
             cut += sum(len(ids) > reader.prompt_tokens for ids in lists)

@@ -21,6 +21,9 @@ Letters: B batch, N padded length in bytes, M latents of a message, C encoder wi
 d LLM embedding width.
 """
 
+import plumbing.early  # noqa: F401
+
+# isort: split
 import copy
 import math
 from collections import Counter
@@ -49,13 +52,14 @@ from common import (
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved
 from plumbing.checkpoints import module_tensors
 from plumbing.data import Data, load_data
+from plumbing.kinds import COUNT
 from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.spelling import prefix_ids
 from plumbing.training import Run, identity, micro_batches
-from plumbing.wires import load_module, load_wire, open_out
+from plumbing.wires import Contents, load_module, load_wire, open_out
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -69,6 +73,7 @@ CONFIG = dict(
     lr=1e-3,  # the best of 1e-4, 3e-4, 1e-3 and 3e-3
 )
 FIXED_BY_WIRE = ("model", "data")  # --eval-only reads these from the wire
+WIRE = Contents({"embedding_width": COUNT}, {})
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.01
 LATENTS, LATENT_WIDTH = 32, 256  # the attempt's own: 131,072 bits, of which a prompt needs fewer than 1,000
 WIDTH, SHORTER = 128, 4  # of the encoder; bytes that become one position in it
@@ -185,8 +190,10 @@ def diagnose(
     start: the wire before training; known: training rows for the probes; metrics, records: from `evaluate`.
     """
     reader = wire.reader
-    probe, guess = probe_tokens(wire, known, data.test)
     latents = latents_of(wire, data.test).flatten(1)  # [rows, M*256]
+    if not latents.isfinite().all():
+        raise UserError("the encoder makes latents that are no numbers: its weights are too large to be a trained wire")
+    probe, guess = probe_tokens(wire, known, data.test)
     unit = F.normalize(latents, dim=1)
     pairs = len(unit) * (len(unit) - 1)
     spectrum = torch.linalg.svdvals((latents - latents.mean(0)).cpu().double()).square()
@@ -336,8 +343,7 @@ def main() -> None:
     args = parse_arguments()
     saved = None
     if args.eval_only:
-        config_keys = (*FIXED_BY_WIRE, "embedding_width", "metrics.train_seconds")
-        saved = load_wire(args.eval_only, STAGE, config_keys, ())
+        saved = load_wire(args.eval_only, STAGE, WIRE)
     merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
     device, dtype = set_up(args)
     reader = load_reader(args.model, device, dtype, args.gradient_checkpointing, args.device == "split")
@@ -357,7 +363,7 @@ def main() -> None:
     if saved:
         load_module(encoder, "encoder.", saved.tensors, saved.name)
         load_module(adapter, "adapter.", saved.tensors, saved.name)
-    out = open_out(args.out)
+    out = open_out(args)
     sizes = [sum(p.numel() for p in module.parameters()) for module in (encoder, adapter)]
     print(f"encoder {sizes[0]:,} + adapter {sizes[1]:,} trained parameters, {LATENTS} x {LATENT_WIDTH} latents")
 

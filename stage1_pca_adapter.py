@@ -4,12 +4,14 @@
               known                      fixed             trained    known        frozen
 
 Why this works where stage 0 fails: the input of the trained part is known (codes that keep most of the variance), its
-target is known (the LLM's own embeddings), it starts at a sensible answer (the PCA inverse, or a look-up of the nearest
-code), and the vectors that the LLM reads keep the statistics of real embeddings. The loss holds both targets:
+target is known (the LLM's own embeddings), it starts at a sensible answer (the PCA inverse), and the vectors that the
+LLM reads keep the statistics of real embeddings. The loss needs no LLM:
 
-    loss = |decoded - embedding|^2 / variance + cross-entropy of every answer token, EOS included
+    loss = |decoded - embedding|^2 / variance, of tokens drawn as often as they occur
 
-The default adapter, the codebook, starts so well that training adds little: every run also measures it untrained.
+An adapter that cannot come close to the embeddings, as `linear` cannot, gains from a second target: in the last
+`--llm-steps`, the loss is that of the prompts' tokens + cross-entropy of every answer token, EOS included. The default
+has no such step, because it gained nothing from them. Every run also measures the PCA inverse, where training starts.
 
 This compresses *dimensions* (192 -> 24), not bytes: 24 float16 numbers a token are more than the text. The table at the
 end says so. Bytes are stage 3's subject.
@@ -23,6 +25,9 @@ Letters: B batch, T padded length, L tokens of a prompt, U different tokens of a
 width, k code width.
 """
 
+import plumbing.early  # noqa: F401
+
+# isort: split
 import copy
 import math
 import struct
@@ -49,15 +54,16 @@ from common import (
     token_counts,
 )
 from kernels.adapter import adapt, project
-from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_int
+from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_int, whole_number
 from plumbing.checkpoints import module_tensors
 from plumbing.data import Data, load_data
+from plumbing.kinds import ANYTHING, COUNT, NUMBER, one_of
 from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
-from plumbing.processes import my_share
+from plumbing.processes import my_share, rank, world_size
 from plumbing.report import finish
 from plumbing.training import Run, identity, micro_batches
-from plumbing.wires import load_module, load_wire, open_out
+from plumbing.wires import Contents, load_module, load_wire, open_out
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -66,17 +72,24 @@ STAGE = "stage1"
 CONFIG = dict(
     model="tiny",  # an alias, hub id or directory; tiny is embedded and needs no download
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=200,  # a minute and a half on two cores
-    batch_size=16,  # questions a step
-    lr=3e-3,  # peak; inputs and outputs are in units of their spread, so one rate fits all models
+    steps=2000,  # half a minute on two cores
+    batch_size=16,  # questions of a step through the LLM
+    lr=1e-2,  # peak; inputs and outputs are in units of their spread, so one rate fits all models
+    llm_steps=0,  # the last ones, through the LLM
     code_dim=None,  # k, numbers a token; None: an eighth of the embedding width
-    adapter="codebook",  # it alone reads like text; see class Adapter for linear and mlp
-    rms="constant",  # costs no bytes; sending each token's RMS gains at most 0.3 points
-    kd_weight=0.0,  # of KL(LLM reading text || LLM reading the wire); it changes a score by at most 0.3 points
+    adapter="mlp",  # the smallest without a table of tokens that reads nearly like text; see class Adapter
 )
-FIXED_BY_WIRE = ("model", "data", "code_dim", "adapter", "rms", "kd_weight")  # --eval-only reads these from the wire
-BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.0  # few steps: a shorter memory; the PCA inverse must not be pulled towards zero
-HIDDEN = 512  # numbers of the mlp's hidden layer
+FIXED_BY_WIRE = ("model", "data", "code_dim", "adapter")  # --eval-only reads these from the wire
+ADAPTERS = ("linear", "mlp", "codebook")
+WIRE = Contents(  # what is saved; anything else is refused
+    config={
+        "embedding_width": COUNT, "code_dim": COUNT, "adapter": one_of(*ADAPTERS),
+        "controls": {"explained_variance": NUMBER, "*": ANYTHING},
+    },
+    tensors={"mean": "d float32", "components": "d k float32", "target_rms": "float32"},
+)  # fmt: skip
+TOKENS = 512  # of a step without the LLM
+HIDDEN = 512  # numbers of each of the mlp's hidden layers
 SMALL = 8192  # tokens: a codebook blends all of a vocabulary up to this size
 
 
@@ -85,10 +98,8 @@ def parse_arguments():
     add_arguments(parser, STAGE, CONFIG)
     add = parser.add_argument
     add("--code-dim", type=positive_int, help="k; default: an eighth of the embedding width")
-    add("--adapter", choices=("linear", "mlp", "codebook"), help=f"default: {CONFIG['adapter']}")
-    add("--rms", choices=("constant", "sent"), help="RMS to match: a constant of the wire (default), or each token's "
-        "own, sent as a float16 and counted in the bytes")  # fmt: skip
-    add("--kd-weight", type=float, help="weight of KL(LLM reading text || LLM reading the wire); default: 0")
+    add("--llm-steps", type=whole_number, default=CONFIG["llm_steps"], help="last steps, through the LLM")
+    add("--adapter", choices=ADAPTERS, help=f"default: {CONFIG['adapter']}")
     add("--dry-run", action="store_true", help="say what this model needs, from its shape alone")
     add("--random-weights", metavar="LAYERS", nargs="?", const=0, type=positive_int,
         help="time steps of a random model of this shape (of so many layers)")  # fmt: skip
@@ -98,8 +109,6 @@ def parse_arguments():
             parser.error("--dry-run and --random-weights have no data: drop --data, --resume and --eval-only")
         if args.random_weights is not None and args.device == "split":
             parser.error("--random-weights measures one device: drop --device split")
-    if args.kd_weight is not None and not (math.isfinite(args.kd_weight) and args.kd_weight >= 0):
-        parser.error(f"argument --kd-weight: must be a number of at least 0, not {args.kd_weight}")
     return args
 
 
@@ -111,11 +120,10 @@ class Adapter(nn.Module):
     """The part that is trained. All three kinds start from the PCA and end in the same operator, kernels/adapter.py.
 
     linear    y = z A + b, started at the PCA inverse
-    mlp       + a hidden layer whose output starts at zero
-    codebook  y = softmax(-|z - keys|^2 * sharpness / 2) @ table: keys [V,k] start at every token's code, the values are
-              the LLM's frozen embedding table. Its output is always a mixture of real embeddings. In stage 1 it does
-              little more than look the token up again; it matters when codes are crowded (small k, flat spectrum) or
-              noisy (stage 2).
+    mlp       + two hidden layers whose output starts at zero
+    codebook  a table of tokens: y = softmax(-|z - keys|^2 * sharpness / 2) @ table. keys [V,k] start at every token's
+              code, the values are the LLM's frozen embedding table. Its output is always a mixture of real embeddings.
+              Here it does little more than look the token up again; in stage 2, where codes are noisy, it decodes.
 
     Codes are divided by their mean standard deviation and y is in units of the embeddings' RMS, so that one learning
     rate fits a small reader and a 7B model, whose embeddings have an RMS near 0.01.
@@ -139,21 +147,23 @@ class Adapter(nn.Module):
             self.weight = nn.Parameter(pca.components.T * code_scale / table_rms)  # [k,d]
             self.bias = nn.Parameter(pca.mean / table_rms)  # [d]
         if kind == "mlp":
-            self.hidden = nn.Linear(k, HIDDEN)
+            self.hidden1, self.hidden2 = nn.Linear(k, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
             self.weight2 = nn.Parameter(torch.zeros(HIDDEN, d))
 
-    def forward(self, codes: Tensor, target_rms: Tensor) -> Tensor:
-        """codes: [N,k]; target_rms: scalar or [N,1]. Returns embeddings [N,d]."""
-        z = codes / self.code_scale
+    def forward(self, codes: Tensor, target_rms: Tensor, ids: Tensor | None = None) -> Tensor:
+        """codes: [N,k], or with ids [N] a table [V,k]; target_rms: scalar or [N,1]. Returns embeddings [N,d]."""
+        if self.kind == "linear":
+            return adapt(codes, self.weight, self.bias, target_rms, ids, self.code_scale)
+        z = (codes if ids is None else codes[ids]) / self.code_scale
         if self.kind == "codebook":
             blended = self.blended(z)
             keys, table = self.keys[blended], self.table[blended]  # [n,k], [n,d]
             blend = torch.softmax(self.scores(z, keys), dim=-1).to(table.dtype)
             return adapt(blend, table, table.new_zeros(table.shape[1]), target_rms).float()
-        if self.kind == "mlp":
-            z = torch.cat([z, F.gelu(self.hidden(z))], dim=1)  # [N, k+HIDDEN]
-            return adapt(z, torch.cat([self.weight, self.weight2]), self.bias, target_rms)
-        return adapt(z, self.weight, self.bias, target_rms)
+        hidden = F.gelu(self.hidden1(z))
+        hidden = hidden + F.gelu(self.hidden2(hidden))
+        z = torch.cat([z, hidden], dim=1)  # [N, k+HIDDEN]
+        return adapt(z, torch.cat([self.weight, self.weight2]), self.bias, target_rms)
 
     def scores(self, z: Tensor, keys: Tensor) -> Tensor:
         """[N,n]: -|z - key|^2 * sharpness / 2, less its part with |z|^2, which is the same for all keys of a code.
@@ -172,11 +182,20 @@ class Adapter(nn.Module):
         """
         if len(self.keys) <= SMALL:
             return slice(None)
-        weight = torch.zeros_like(self.keys[:, 0])
+        keys, dtype = self.keys, self.table.dtype
+        tokens = torch.arange(len(keys), device=keys.device)
+        if dtype != torch.float32:  # a first look in the LLM's dtype costs a GPU a tenth; scores are a few units off
+            tokens = tokens[self.weigh(z.to(dtype), keys.to(dtype), 1e-20)]
+            keys = keys[tokens]
+        return tokens[self.weigh(z, keys, 1e-10)]
+
+    def weigh(self, z: Tensor, keys: Tensor, least: float) -> Tensor:
+        """[n]: has a key a weight above `least` in any of the codes?"""
+        weight = torch.zeros(len(keys), device=z.device)
         for part in z.split(1024):
-            weight = torch.maximum(weight, torch.softmax(self.scores(part, self.keys), dim=-1).amax(0))
+            weight = torch.maximum(weight, torch.softmax(self.scores(part, keys).float(), dim=-1).amax(0))
         # NaN compares false with everything: a NaN code selects every token, and its output is NaN, as it should be
-        return (~(weight <= 1e-10)).nonzero()[:, 0]
+        return ~(weight <= least)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,14 +205,15 @@ class Adapter(nn.Module):
 class Wire:
     """Sender and receiver around an adapter.
 
-    Message: uint32 count L, then L x k codes in `code_format`, then, if the RMS is sent, L numbers in that format:
-    "<f2" (float16), or "<f4" in the identity control, so that nothing but the plumbing is under test.
+    Message: uint32 count L, then L x k codes in float16. All embeddings get one RMS, a constant of the wire: sending
+    each token's own gained at most 0.3 points. The identity control is `exact`: it sends float32, and behind the codes
+    the RMS of each token, so that nothing but the plumbing is under test.
     """
 
-    def __init__(self, reader: Reader, pca: PCA, rms: str, constant_rms: Tensor, code_format: str = "<f2"):
-        self.reader, self.code_format, self.rms_is_sent = reader, code_format, rms == "sent"
+    def __init__(self, reader: Reader, pca: PCA, constant_rms: Tensor, exact: bool = False):
+        self.reader, self.exact, self.number = reader, exact, "<f4" if exact else "<f2"
         self.width = pca.components.shape[1]
-        sent_dtype = torch.float16 if code_format == "<f2" else torch.float32
+        sent_dtype = torch.float32 if exact else torch.float16
         # embeddings are rows of a frozen table, so the projection runs once over V rows, and then is a gather
         codes = project(reader.table, pca.mean, pca.components)
         self.codes = codes.to(sent_dtype).float()  # [V,k] as the receiver will see them
@@ -211,32 +231,30 @@ class Wire:
         return other
 
     def target_rms(self, ids: Tensor) -> Tensor:
-        return self.rms[ids] if self.rms_is_sent else self.constant_rms  # [N,1] or scalar
+        return self.rms[ids] if self.exact else self.constant_rms  # [N,1] or scalar
 
     def send(self, prompt: Prompt) -> bytes:
         """Token ids of a prompt -> message."""
-        parts = [self.codes[prompt.ids]] + ([self.rms[prompt.ids]] if self.rms_is_sent else [])
-        payload = b"".join(part.cpu().numpy().astype(self.code_format).tobytes() for part in parts)
+        parts = [self.codes[prompt.ids]] + ([self.rms[prompt.ids]] if self.exact else [])
+        payload = b"".join(part.cpu().numpy().astype(self.number).tobytes() for part in parts)
         return struct.pack("<I", len(prompt.ids)) + payload
 
     @torch.no_grad()
     def receive(self, message: bytes) -> Tensor:
         """Message -> embeddings [L,d]."""
         (count,) = struct.unpack_from("<I", message)
-        numbers = np.frombuffer(message, self.code_format, offset=4).astype(np.float32)
+        numbers = np.frombuffer(message, self.number, offset=4).astype(np.float32)
         numbers = torch.from_numpy(numbers).to(self.reader.device)
         codes, sent_rms = numbers[: count * self.width].view(count, self.width), numbers[count * self.width :]
-        return self.adapter(codes, sent_rms[:, None] if self.rms_is_sent else self.constant_rms)
+        return self.adapter(codes, sent_rms[:, None] if self.exact else self.constant_rms)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss: the embeddings that the code decodes to, and the answer that the LLM gives from them
 
 
-def step_losses(
-    wire: Wire, batch: Batch, targets: int, sent_tokens: int, variance: Tensor, with_kd: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(cross-entropy, MSE / variance, KL from the LLM reading text) of a micro-batch: its part of the step's means.
+def llm_losses(wire: Wire, batch: Batch, targets: int, sent_tokens: int, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, MSE / variance) of a micro-batch: its part of the means of a step through the LLM.
 
     targets, sent_tokens: labels and tokens of the whole step; variance: of an embedding number.
     """
@@ -244,19 +262,20 @@ def step_losses(
     embeddings = reader.table[batch.ids]  # [B,T,d] the prompt through the wire, the answer as it is
     # a token decodes to the same embedding wherever it stands: decode each of the U different ones once
     unique, inverse = batch.ids[batch.sent].unique(return_inverse=True)  # [U], [sent tokens]
-    decoded = wire.adapter(wire.codes[unique], wire.target_rms(unique))  # [U,d]
+    decoded = wire.adapter(wire.codes, wire.target_rms(unique), unique)  # [U,d]
     real = reader.table[unique]
     occurrences = torch.bincount(inverse, minlength=len(unique))[:, None]  # [U,1]
     mse = ((decoded - real).square() * occurrences).sum() / (sent_tokens * real.shape[1] * variance)
     wired = embeddings.masked_scatter(batch.sent[..., None], decoded[inverse])
     logits = answer_logits(reader, batch, wired)  # [targets of this part, V]
     ce = F.cross_entropy(logits, batch.targets, reduction="sum") / targets
-    kd = torch.zeros_like(ce)
-    if with_kd:
-        with torch.no_grad():
-            teacher = answer_logits(reader, batch, embeddings).log_softmax(-1)
-        kd = F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum") / targets
-    return ce, mse, kd
+    return ce, mse
+
+
+def token_loss(wire: Wire, ids: Tensor, tokens: int, variance: Tensor) -> Tensor:
+    """MSE / variance (scalar) of tokens ids [N]: their part of the mean over the `tokens` of the whole step."""
+    decoded = wire.adapter(wire.codes, wire.target_rms(ids), ids)  # [N,d]
+    return (decoded - wire.reader.table[ids]).square().sum() / (tokens * decoded.shape[1] * variance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,20 +283,17 @@ def step_losses(
 
 
 def measure_controls(
-    wire: Wire, untrained: Adapter, pca: PCA, full_pca: PCA, counts: Tensor, data: Data, batch_size: int
+    wire: Wire, pca: PCA, full_pca: PCA, counts: Tensor, data: Data, batch_size: int
 ) -> tuple[dict[str, float], list[str]]:
-    """({"pca_inverse", "untrained", "identity"}: F1 or NLL through each, answers through the identity wire).
+    """({"pca_inverse", "identity"}: F1 or NLL through each, answers through the identity wire).
 
     The identity wire has all d components, float32 codes and each token's RMS: only the plumbing is under test.
     """
-    print("  controls: PCA inverse, untrained adapter, identity wire", flush=True)
+    print("  controls: PCA inverse, identity wire", flush=True)
     reader, controls = wire.reader, {}
     inverse = Adapter("linear", pca, reader, wire.codes, counts).to(reader.device)
     controls["pca_inverse"], _ = score_wire(wire.with_adapter(inverse), data, batch_size)
-    controls["untrained"] = controls["pca_inverse"]  # linear and mlp start there
-    if untrained.kind == "codebook":
-        controls["untrained"], _ = score_wire(wire.with_adapter(untrained), data, batch_size)
-    identity_wire = Wire(reader, full_pca, "sent", wire.constant_rms, code_format="<f4")
+    identity_wire = Wire(reader, full_pca, wire.constant_rms, exact=True)
     identity_wire.adapter = Adapter("linear", full_pca, reader, identity_wire.codes, counts).to(reader.device)
     controls["identity"], answers = score_wire(identity_wire, data, batch_size)
     return controls, answers
@@ -289,8 +305,7 @@ def main() -> None:
     args = parse_arguments()
     saved = None
     if args.eval_only:
-        config_keys = (*FIXED_BY_WIRE, "embedding_width", "controls.explained_variance", "metrics.train_seconds")
-        saved = load_wire(args.eval_only, STAGE, config_keys, ("mean", "components", "target_rms"))
+        saved = load_wire(args.eval_only, STAGE, WIRE)
     merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
     if args.dry_run or args.random_weights is not None:
         from plumbing import scale  # it stands on common.py, and is needed here only
@@ -317,39 +332,45 @@ def main() -> None:
     variance = (frequency @ (reader.table - frequency @ reader.table).square()).mean()  # of an embedding number
     if saved:
         pca.mean, pca.components, rms = (saved.tensors[n].to(device) for n in ("mean", "components", "target_rms"))
-        if pca.components.shape != (d, k):
-            raise UserError(f"{saved.name}: its components are {list(pca.components.shape)}, not [{d}, {k}]")
-    explained = saved.config["controls"]["explained_variance"] if saved else pca.explained
-    wire = Wire(reader, pca, args.rms, rms)
+    wire = Wire(reader, pca, rms)
     adapter = wire.adapter = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)
-    untrained = Adapter(args.adapter, pca, reader, wire.codes, counts).to(device)  # what does training add?
     if saved:
         load_module(adapter, "adapter.", saved.tensors, saved.name)
-    out = open_out(args.out)
-    print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer), {100 * explained:.1f}% of the variance")
+    explained = saved.config["controls"]["explained_variance"] if saved else pca.explained
+    out = open_out(args)
+    print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer)")
     print(f"adapter {args.adapter}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # training
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    # Muon, for matrices, leaves half the error of Adam; biases stay as they are
+    matrices = [p for p in adapter.parameters() if p.ndim == 2]
+    optimizer = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     modules, fits = {"adapter": adapter}, identity(args, reader.fingerprint)  # a checkpoint must fit this run
     run = Run(args, out, modules, optimizer, fits, show=lambda: show_samples(wire, data))
+    generator = torch.Generator(device)
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
         # warm-up over 5% of the steps, then linearly to zero
         warmth = min(1.0, (step + 1) / (0.05 * args.steps), (args.steps - step) / (0.95 * args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmth
-        rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
-        batches = [make_batch(reader, part) for part in micro_batches(rows, args.micro_batch_size)]
-        # losses are means over the whole step, so that the micro-batch size changes nothing
-        targets = sum(len(batch.targets) for batch in batches)
-        sent_tokens = sum(int(batch.sent.sum()) for batch in batches)
-        for batch in my_share(batches):  # all of them, unless torchrun started several processes
-            ce, mse, kd = step_losses(wire, batch, targets, sent_tokens, variance, args.kd_weight > 0)
-            (ce + mse + args.kd_weight * kd).backward()
-            run.add(ce=ce, mse=mse, kd=kd)
+        optimizer.param_groups[0]["lr"] = args.lr * warmth
+        # losses are means over the whole step, of which each process (of torchrun, if there are several) has a part
+        if step < args.steps - args.llm_steps:
+            generator.manual_seed(args.seed * args.steps + step)
+            ids = torch.multinomial(frequency, TOKENS, replacement=True, generator=generator)
+            mse = token_loss(wire, ids.tensor_split(world_size())[rank()], TOKENS, variance)
+            mse.backward()
+            run.add(mse=mse)
+        else:
+            rows = data.train_rows(args.seed, step * args.batch_size, args.batch_size)
+            batches = [make_batch(reader, part) for part in micro_batches(rows, args.micro_batch_size)]
+            targets = sum(len(batch.targets) for batch in batches)
+            sent_tokens = sum(int(batch.sent.sum()) for batch in batches)
+            for batch in my_share(batches):
+                ce, mse = llm_losses(wire, batch, targets, sent_tokens, variance)
+                (ce + mse).backward()
+                run.add(ce=ce, mse=mse)
         run.reduce()  # gradients and losses, summed over the processes
-        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(matrices, 1.0)
         if run.accepts(norm):  # neither NaN nor a spike
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -358,7 +379,7 @@ def main() -> None:
     # evaluation: the wire and every control, on test passages whose names were never seen
     batch_size = 2 * args.micro_batch_size  # no gradients: twice the rows fit
     metrics, records = evaluate(wire, data, batch_size)
-    controls, answers = measure_controls(wire, untrained, pca, full_pca, counts, data, batch_size)
+    controls, answers = measure_controls(wire, pca, full_pca, counts, data, batch_size)
     controls["explained_variance"] = explained
     unit, note = "NLL", "must equal the NLL from text"
     if answers:
@@ -368,16 +389,13 @@ def main() -> None:
     variance_kept = f"untrained; k {k}, {100 * explained:.1f}% of the variance"
     rows = [
         (f"PCA inverse: {unit}", f"{controls['pca_inverse']:.3f}", variance_kept),
-        (f"{args.adapter} before training: {unit}", f"{controls['untrained']:.3f}", ""),
         (f"identity wire: {unit}", f"{controls['identity']:.3f}", f"k = d, RMS sent: {note}"),
     ]
-    config = {"embedding_width": d, "code_dim": k}
-    config |= {"adapter": args.adapter, "rms": args.rms, "kd_weight": args.kd_weight}
+    config = {"embedding_width": d, "code_dim": k, "adapter": args.adapter}
     tensors = {"mean": pca.mean, "components": pca.components, "target_rms": wire.constant_rms}
     tensors |= module_tensors(modules)
     title = f"stage 1: {args.adapter}, {d} -> {k} numbers a token"
-    bars = {"before training": controls["untrained"], "PCA inverse": controls["pca_inverse"]}
-    bars["identity"] = controls["identity"]
+    bars = {"PCA inverse": controls["pca_inverse"], "identity": controls["identity"]}
     finish(run, reader, saved, title, metrics, controls, config, rows, records, tensors, bars=bars)
 
 

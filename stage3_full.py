@@ -31,6 +31,9 @@ Letters: N bytes of a text, M latents of a message, V of the sender's codebook, 
 prompt, d LLM embedding width, k code width.
 """
 
+import plumbing.early  # noqa: F401
+
+# isort: split
 import functools
 import hashlib
 import math
@@ -57,13 +60,14 @@ from common import (
 )
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_float
 from plumbing.data import Data, halve_windows, load_data
+from plumbing.kinds import ANYTHING, FLAG, TEXT, Many, one_of
 from plumbing.launch import UserError, launch, pick_device, pick_dtype, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.spelling import odd_text, pieces_of
 from plumbing.training import Run, identity, micro_batches
-from plumbing.wires import load_module, load_wire, open_out
+from plumbing.wires import Contents, check_shapes, load_module, load_wire, open_out
 from stage2_encoder import Encoder, pack_texts
 from stage2_encoder import Wire as Stage2Wire
 from stage3.evaluation import measure, message_rows
@@ -81,7 +85,7 @@ from stage3.message import (
     unpack,
     with_question,
 )
-from stage3.receivers import add_receivers, entry_of, load_receiver, spelling_tensors
+from stage3.receivers import RECEIVER, add_receivers, entry_of, load_receiver, spelling_tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -97,13 +101,27 @@ CONFIG = dict(
     without=None,  # an ablation: the part of the predictor that is left out
 )
 FIXED_BY_WIRE = ("data", "stage2", "without")  # --eval-only reads these from the wire
-NEEDED = ("sender.spelled", "sender.lengths", "sender.predictor.exponential", "receiver0.adapter.keys")
 SHIPPED = "tiny/wires/stage3"
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.01
 CONTEXT, ORDERS = 8, (4, 2, 1)  # indices that the predictor sees; how many must match for it to see what followed
 WIDTH, HIDDEN = 32, 256  # of an index's embedding; of the predictor's only hidden layer
 ABLATIONS = ("copies", "context", "prediction")
 DIRECT_ABLATIONS = ("states", "teacher")
+WIRE = Contents(  # what is saved; anything else is refused
+    config={
+        "receivers": Many(RECEIVER, 1), "stage2": Many(TEXT, 1), "without": one_of(None, *ABLATIONS),
+        "wire_carries": one_of(*CARRIES), "receiver?": one_of("unpack", "direct"), "rate?": FLAG,
+        "untaught?": FLAG, "others?": Many(ANYTHING),
+    },
+    tensors={
+        "sender.lengths": "V uint8", "sender.spelled": "n uint8", "sender.predictor.embedding.weight": "u W int16",
+        "receiver0.adapter.keys": "V k float32",
+    },
+)  # fmt: skip
+PREDICTOR = {  # the predictor in integers: u, W of the embedding, H of the hidden layer, S and o of its ends
+    "embedding.weight": "u W int16", "hidden.weight": "H S int16", "hidden.bias": "H int16",
+    "out.weight": "o H int16", "out.bias": "o int16", "exponential": "E int64",
+}  # fmt: skip
 
 
 def parse_arguments():
@@ -225,11 +243,16 @@ class Codec:
             self.pieces.append(spelled[at : at + length])
             at += length
         self.index = {piece: index for index, piece in enumerate(self.pieces) if piece}
+        if at != len(spelled) or not {bytes([byte]) for byte in range(256)} <= self.index.keys():
+            raise UserError("the wire's sender.lengths and sender.spelled do not spell every byte: it cannot send")
         self.spells = torch.tensor([bool(piece) for piece in self.pieces], device=device)
         self.predictor, self.without = None, without
         digest = hashlib.sha256(repr(without).encode())
         if "predictor.embedding.weight" in own:
             predictor = {n.removeprefix("predictor."): t for n, t in own.items() if n.startswith("predictor.")}
+            V = len(self.pieces)
+            sizes = dict(u=V + 1, W=WIDTH, H=HIDDEN, S=(CONTEXT + len(ORDERS)) * WIDTH, o=V + len(ORDERS) + 1)
+            check_shapes("the wire", predictor, PREDICTOR, **sizes)
             self.predictor = IntegerPredictor(predictor, without)
             for name in sorted(predictor):
                 array = predictor[name].numpy()
@@ -245,10 +268,10 @@ class Codec:
         data = to_bytes(texts, self.device)
         real = data < 256
         line, real_line = pack_texts(data, real)
-        logits, features = self.encoder(line)
+        logits = self.encoder(line)
         is_end = torch.zeros_like(real).masked_scatter(real, logits[real_line] > 0)
         is_end[torch.arange(len(data), device=data.device), real.sum(1) - 1] = True
-        z = self.encoder.code(features[real_line][is_end[real]])  # [n,k]
+        z = self.encoder.codes(data, is_end)  # [n,k]
         distance = self.keys.square().sum(1) - 2 * z @ self.keys.T  # [n,V], without the part that all keys share
         nearest = distance.masked_fill(~self.spells, math.inf).argmin(1).tolist()
         lists, at = [], 0
@@ -289,9 +312,9 @@ class Codec:
         try:
             text = raw.decode()
         except UnicodeDecodeError:
-            raise BROKEN from None
+            raise UserError(BROKEN) from None
         if len(raw) > MAX_TEXT:
-            raise BROKEN
+            raise UserError(BROKEN)
         return text, message.carries
 
     def decode(self, message: Message) -> bytes:
@@ -305,7 +328,7 @@ class Codec:
             size += len(self.pieces[index])
             # a sender's latents end with the message: 64 bits beyond its end, it is broken
             if not self.pieces[index] or size > MAX_TEXT or bits.read > 8 * len(message.payload) + 64:
-                raise BROKEN
+                raise UserError(BROKEN)
             parts.append(self.pieces[index])
             history.add(index)
             seen[0, index] = self.without != "copies"
@@ -347,7 +370,7 @@ class Wire:
 
 def send_once(args) -> None:
     """--send: text or file -> message on standard output."""
-    wire = load_wire(args.wire or SHIPPED, STAGE, ("without",), NEEDED)
+    wire = load_wire(args.wire or SHIPPED, STAGE, WIRE)
     text, path = args.send, Path(args.send)
     try:
         if path.is_file():
@@ -365,13 +388,17 @@ def send_once(args) -> None:
     elif args.question:
         raise UserError("--wire-carries context leaves the question to the receiver: drop --question")
     codec = Codec(wire.tensors, wire.config["without"], torch.device("cpu"))
+    if sys.__stdout__ is None:
+        raise UserError("--send: standard output is closed, so the message has nowhere to go; redirect it to a file")
     sys.stdout.buffer.write(codec.send(text, args.wire_carries or "prompt"))
     sys.stdout.buffer.flush()
 
 
 def receive_once(args) -> None:
     """--receive: message -> what the LLM answers."""
-    saved = load_wire(args.wire or SHIPPED, STAGE, ("without", "receivers"), NEEDED)
+    saved = load_wire(args.wire or SHIPPED, STAGE, WIRE)
+    if args.receive == "-" and sys.stdin is None:
+        raise UserError("--receive -: standard input is closed; give the message there, or its file")
     if args.receive == "-":
         message = sys.stdin.buffer.read(2 * MAX_TEXT)  # more than any message
     else:
@@ -422,7 +449,7 @@ def main() -> None:
         return direct.main(args)
     saved, joining = None, []
     if args.eval_only:
-        saved = load_wire(args.eval_only, STAGE, ("receivers", *FIXED_BY_WIRE, "metrics.train_seconds"), NEEDED)
+        saved = load_wire(args.eval_only, STAGE, WIRE)
         joining, args.stage2 = args.stage2 or [], None  # receivers that join a trained wire
     merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
     args.stage2, args.wire_carries = [*args.stage2, *joining], args.wire_carries or "prompt"
@@ -447,7 +474,9 @@ def main() -> None:
     # model: the sender's encoder and codebook, proven by stage 2, and the predictor of its indices
     codec = Codec(tensors, args.without, device)
     predictor = Predictor(len(codec.pieces)).to(device)
-    out = open_out(args.out)
+    receiving = [parts for parts in zip(entries, readers, datas, strict=True) if parts[0] in measured]
+    out = open_out(args)
+    places = [out, *(open_out(args, Path(entry["model"]).name) for entry, _, _ in receiving[1:])]
     print(f"predictor: {sum(p.numel() for p in predictor.parameters()):,} trained parameters", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -484,18 +513,16 @@ def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: each receiver from the same messages, on test passages whose names were never seen
     others = []  # the results of the receivers before the last one, the sender's own LLM
-    receiving = [parts for parts in zip(entries, readers, datas, strict=True) if parts[0] in measured]
-    for entry, reader, data in reversed(receiving):
+    for (entry, reader, data), place in reversed(list(zip(receiving, places, strict=True))):
         print(f"receiver {reader.name}, the wire carries the {args.wire_carries}")
         wire = Wire(codec, load_receiver(tensors, entry, reader, where), args.wire_carries)
         metrics, controls, records = measure(wire, data, 2 * args.micro_batch_size, args.seed)
-        rows, last = message_rows(controls, metrics["examples"]), len(others) == len(receiving) - 1
+        rows, last = message_rows(controls, metrics["examples"]), place == out
         config = {
             "model": entry["model"], "receivers": receivers, "stage2": args.stage2, "without": args.without,
             "wire_carries": args.wire_carries, "receiver": "unpack", "rate": None, "untaught": None,
             "others": others if last else [],
         }  # fmt: skip
-        place = out if last else open_out(str(out / Path(entry["model"]).name))
         title = f"stage 3: {args.wire_carries} -> {controls['latents']:.0f} latents"
         wire_tensors = tensors if last else None  # saved once
         config = finish(run, reader, saved, title, metrics, controls, config, rows, records, wire_tensors, place)

@@ -1,9 +1,9 @@
 """Compile every shipped kernel for real GPUs with no GPU at hand, and read off what the compiler made of it.
 
-Each launch below is recorded from the launchers of adapter.py, with the arguments that a GPU would get, and compiled
+Each launch below is recorded from the launchers of fused.py, with the arguments that a GPU would get, and compiled
 for sm_90 (H100, H200), sm_80 (A100) and sm_89 (consumer cards with 99 KB of shared memory). Registers, stack and
 spills come from cuobjdump, which the triton wheel brings along. test_kernels.py holds the gate: no stack, no spills,
-shared memory within the limit, wgmma in the large-N kernels on sm_90.
+shared memory within the limit, wgmma in halves on sm_90.
 
     python kernels/aot.py [--arch 90] > results/kernels/aot.json        # takes minutes on two cores; Linux only
 """
@@ -27,6 +27,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python kernels/aot.py` puts kernels/ there instead
 
 from kernels import adapter
+from kernels.adapter import EPS
+
+if adapter.HAVE_TRITON:
+    from kernels import fused
 
 # of a block (bytes), and of a multiprocessor: CUDA programming guide, table of compute capabilities
 LIMITS = {
@@ -39,57 +43,67 @@ TYPES = {
 }  # fmt: skip
 
 
-def record(arch: int, dtype: torch.dtype) -> list[tuple[str, object, list, dict]]:
-    """(label, kernel, arguments, launch options) of every launch at the shapes of a small reader and of a 7B model."""
+def record(arch: int, dtype: torch.dtype, N: int = 65536) -> list[tuple[str, object, list, dict]]:
+    """(label, kernel, arguments, launch options) of every launch, at the shapes that the stages have."""
     launches = []
 
     class Recorder:
         def __init__(self, name: str):
-            self.kernel = getattr(adapter, name)
+            self.kernel = getattr(fused, name)
 
         def __getitem__(self, grid):
             return lambda *args, **options: launches.append((label, self.kernel, list(args), options))
 
-    names = [name for name in vars(adapter) if name.startswith("_") and name.endswith("_kernel")]
-    kept = {name: getattr(adapter, name) for name in (*names, "_shared_bytes")}
+    names = [name for name in vars(fused) if name.startswith("_") and name.endswith("_kernel")]
+    kept = {name: getattr(fused, name) for name in (*names, "_shared_bytes")}
     for name in names:
-        setattr(adapter, name, Recorder(name))
-    adapter._shared_bytes = lambda tensor: LIMITS[arch]["shared"]
+        setattr(fused, name, Recorder(name))
+    fused._shared_bytes = lambda tensor: LIMITS[arch]["shared"]
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    one = empty(1, dtype=torch.float32)
     try:
-        for d, k, rows in ((192, 24, 512), (192, 24, 65536), (512, 256 // dtype.itemsize, 65536)):
-            target = empty(1, dtype=torch.float32)
-            label = f"fused codes d {d} k {k} N {rows}"
-            adapter._launch_fused(empty(rows, k), None, None, None, empty(k, d), empty(d), target)
-            label = f"fused x d {d} k {k} N {rows}"
-            adapter._launch_fused(empty(rows, d), None, empty(d), empty(d, k), empty(k, d), empty(d), target)
-        N, d, k = 65536, 4096, 512
-        codes, weight, bias, gram = empty(N, k), empty(k, d), empty(d), empty(k + 16, k + 16, dtype=torch.float32)
-        target, column, wide = empty(N, dtype=torch.float32), empty(N, 1, dtype=torch.float32), empty(N, d)
-        ids = empty(N, dtype=torch.int64)
-        label = "code_norm"
-        adapter._launch_code_norm(codes, None, gram, weight, bias, target)
-        label = "code_norm ids"
-        adapter._launch_code_norm(codes, ids, gram, weight, bias, target)
-        label = "matmul codes"
-        adapter._launch_matmul(codes, None, weight, bias, column)
-        label = "matmul codes ids"
-        adapter._launch_matmul(codes, ids, weight, bias, column)
-        label = "matmul x"
-        adapter._launch_matmul(wide, None, empty(d, k), empty(k, dtype=torch.float32), None)
-        label = "match_rms"
-        adapter._launch_match_rms(wide, target)
-        label = "grad_rows"
-        adapter._launch_grad_rows(wide, wide, column)
-        label = "grad_codes"
-        adapter._launch_grad_codes(wide, codes, None, gram, weight, column, column)
+        for d, k in ((192, 24), (192, 60), (4096, 100), (4096, 512)):  # small readers, --code-dim 100, a 7B model
+            x, codes, mean, components, weight = empty(N, d), empty(N, k), empty(d), empty(d, k), empty(k, d)
+            ids, code_scale = empty(N, dtype=torch.int64), empty(dtype=torch.float32)
+            label = f"project d {d} k {k}"
+            fused.fused(x, None, None, mean, components, None, None, None, EPS)
+            if k > adapter.WIDEST[dtype.itemsize]:
+                continue
+            label = f"fused x d {d} k {k}"
+            fused.fused(x, None, None, mean, components, weight, mean, one, EPS)
+            label = f"fused ids d {d} k {k}"
+            fused.fused(codes, ids, code_scale, None, None, weight, mean, one, EPS)
+        for d in (192, 4096):
+            y, scale = empty(N, d), empty(N, 1, dtype=torch.float32)
+            label = f"match_rms d {d}"
+            fused.match_rms_(y, one, EPS)
+            label = f"unmatch_rms d {d}"
+            fused.unmatch_rms(y, y, one, scale)
     finally:
         for name, value in kept.items():
-            setattr(adapter, name, value)
+            setattr(fused, name, value)
     return launches
+
+
+def specialise(kernel, values: dict) -> tuple[dict, dict, dict]:
+    """(signature, constants, attributes) of a launch, as triton's own just-in-time path makes them."""
+    signature, constants, attributes = {}, {}, {}
+    for position, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value, special = values[name], not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(position,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return signature, constants, attributes
 
 
 def compile_one(arch: int, dtype: torch.dtype, index: int) -> dict:
@@ -100,20 +114,7 @@ def compile_one(arch: int, dtype: torch.dtype, index: int) -> dict:
     label, kernel, args, options = record(arch, dtype)[index]
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
     launch = {name: values.pop(name) for name in ("num_warps", "num_stages")}
-    signature, constants, attributes = {}, {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        value, aligned = values[name], False
-        if kernel.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name], aligned = "*" + TYPES[value.dtype], True
-        elif isinstance(value, int):
-            signature[name], aligned = "i32" if value < 2**31 else "i64", value % 16 == 0
-        else:
-            signature[name] = "fp32"
-        if aligned:
-            attributes[(position,)] = [["tt.divisibility", 16]]
+    signature, constants, attributes = specialise(kernel, values)
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     # fused multiply-add is what a launch gets by default up to triton 3.9; stated, because that changes in 3.10
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch | {"enable_fp_fusion": True})

@@ -1,25 +1,28 @@
-"""Benchmark of the operator, and of the codebook's parts. JSON on stdout, a table on stderr.
+"""Benchmark of the operator, and of the codebook's parts. A JSON object a line on stdout, a table on stderr.
 
-    python kernels/bench.py > results/kernels/cpu.json       # about 6 minutes on two cores; float32
-    python results/run_kernels.py                            # tests, this (bfloat16 on CUDA), and where the JSON goes
+    python kernels/bench.py                                  # about 6 minutes on two cores
+    python results/run_kernels.py                            # tests, this, and where the rows go
 
 A whole training step is timed by `stage1_pca_adapter.py --random-weights`.
 
 Columns, all in one run: naive (the equation in eager torch), strong (addmm, F.rms_norm, times target), compiled
-(torch.compile of the strong one; max-autotune on CUDA), library (cuBLAS, then our one norm kernel; CUDA only), ours.
-"x, ours by ids" is the operator as stages use it, from a table of codes, against the naive one from x. `floor_us` is
-the larger of bytes and FLOPs that the equation cannot do without, over the two ceilings, which are measured first and
-in the same run. Times are medians with their 20th and 80th percentile; on CUDA, replays of a graph that walks through
-copies of the inputs larger than the L2 cache.
+(torch.compile of the strong one; max-autotune on CUDA), fused and library (our two forms; CUDA only), ours (the form
+that `choose_form` takes). "x, ours by ids" is the operator as stages use it, from a table of codes, against the naive
+one from x. `floor_us` is the larger of bytes and FLOPs that the equation cannot do without, over the two ceilings,
+which are measured first and in the same run. Times are medians with their 20th and 80th percentile; on CUDA, replays of
+a graph that walks through copies of the inputs larger than the L2 cache. There, `eager_us` is a call without a graph,
+as stages make it: where that is longer, Python and not the GPU is what takes the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,11 +31,15 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python kernels/bench.py` puts kernels/ there instead
 
 from kernels import adapter
-from kernels.adapter import EPS, adapt, gram_matrix, reconstruct, reference
+from kernels.adapter import EPS, adapt, reconstruct, reference
 from plumbing.launch import commit, name_of, versions
 from plumbing.report import rounded
 
 WIDTH, CODE_WIDTH, VOCABULARY = 4096, 512, 32000  # a 7B model's
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}  # linear and mlp run in float32, a codebook in the LLM's
 
 # ---------------------------------------------------------------------------------------------------------------------
 # timing
@@ -126,10 +133,17 @@ compiled = torch.compile(
 )
 
 
-def library(codes, weight, bias, target):
-    y = torch.addmm(bias, codes, weight)
-    adapter._launch_match_rms(y, target.reshape(1))
-    return y
+def by_form(form: str, function):
+    """The function, with this form whatever `choose_form` says."""
+
+    def run(i):
+        chosen, adapter.choose_form = adapter.choose_form, lambda *sizes, **source: form
+        try:
+            return function(i)
+        finally:
+            adapter.choose_form = chosen
+
+    return run
 
 
 def naive_codes(i):
@@ -149,10 +163,6 @@ def from_x(function):
     return lambda i: function((i["x"] - i["mean"]) @ i["components"], i["weight"], i["bias"], i["target"])
 
 
-def ours_frozen(i):
-    return adapt(i["codes"], i["weight"], i["bias"], i["target"], gram=i["gram"])
-
-
 def ours_x(i):
     return reconstruct(i["x"], i["mean"], i["components"], i["weight"], i["bias"], i["target"])
 
@@ -162,24 +172,23 @@ def ours_ids(i):
 
 
 IDS, ADAPTER = "x, ours by ids", ("weight", "bias")
+
+
+def columns_of(naive, strong_one, compiled_one, ours):
+    forms = {form: by_form(form, ours) for form in ("fused", "library")}
+    return {"naive": naive, "strong": strong_one, "compiled": compiled_one} | forms | {"ours": ours}
+
+
+FROM_CODES = columns_of(naive_codes, from_codes(strong), from_codes(compiled), from_codes(adapt))
 # what: (column -> function of the inputs, leaves that learn)
 CASES = {
-    "codes": (
-        {"naive": naive_codes, "strong": from_codes(strong), "compiled": from_codes(compiled),
-         "library": from_codes(library), "ours": ours_frozen}, (),
-    ),
-    "x": ({"naive": naive_x, "strong": from_x(strong), "compiled": from_x(compiled), "ours": ours_x}, ()),
+    "codes": (FROM_CODES, ()),
+    "x": (columns_of(naive_x, from_x(strong), from_x(compiled), ours_x), ()),
     IDS: ({"naive": naive_x, "ours": ours_ids}, ()),
     f"{IDS}, forward + backward": ({"naive": naive_x, "ours": ours_ids}, ADAPTER),
-    "codes, forward + backward": (
-        {"naive": naive_codes, "strong": from_codes(strong), "compiled": from_codes(compiled),
-         "ours": from_codes(adapt)}, ADAPTER,
-    ),
-    "codes, forward + backward to codes": (
-        {"naive": naive_codes, "strong": from_codes(strong), "compiled": from_codes(compiled),
-         "ours": from_codes(adapt)}, ("codes", *ADAPTER),
-    ),
-}  # fmt: skip
+    "codes, forward + backward": (FROM_CODES, ADAPTER),
+    "codes, forward + backward to codes": (FROM_CODES, ("codes", *ADAPTER)),
+}
 
 
 def on_sets(function, sets: list[dict], learned: tuple[str, ...]):
@@ -195,24 +204,26 @@ def on_sets(function, sets: list[dict], learned: tuple[str, ...]):
     return step
 
 
-def benchmark_operator(device: str, dtype: torch.dtype, sizes: list[int], ceiling: dict, repeats: int) -> list[dict]:
-    """Rows {what, N, column, times, floor, error, ...}, one for every column of every case."""
-    d, k, s = WIDTH, CODE_WIDTH, dtype.itemsize
-    cuda, rows = device == "cuda", []
+def benchmark_operator(
+    device: str, dtype: torch.dtype, k: int, sizes: list[int], ceiling: dict, repeats: int, without: set[str]
+) -> Iterator[dict]:
+    """Rows {what, N, column, times, floor, error, ...}, one for every column of every case that is not left out."""
+    d, s, cuda = WIDTH, dtype.itemsize, device == "cuda"
     for N in sizes:
         torch._dynamo.reset()
-        copies = (
-            min(16, max(2, 300 * 2**20 // (2 * N * d * s + 2 * d * k * s))) if cuda else 1
-        )  # an H200 has 50 MB of L2
+        copies = 1
+        if cuda:  # an H200 has 50 MB of L2
+            copies = min(16, max(2, 300 * 2**20 // (2 * N * d * s + 2 * d * k * s)))
         sets = [inputs(N, d, k, device, dtype, seed) for seed in range(copies)]
-        for i in sets:
-            i["gram"] = gram_matrix(i["weight"], i["bias"])  # of a frozen adapter: made once
         for what, (columns, learned) in CASES.items():
-            group = {
-                column: on_sets(function, sets, learned)
-                for column, function in columns.items()
-                if cuda or column != "library"
-            }
+            group, place = {}, {"what": what, "N": N, "d": d, "k": k, "dtype": name_of(dtype)}
+            for column in (column for column in columns if column not in without):
+                group[column] = on_sets(columns[column], sets, learned)
+                try:
+                    group[column](0)
+                except Exception as error:  # a form need not fit everywhere
+                    del group[column]
+                    yield place | {"column": column, "failed": f"{type(error).__name__}: {error}"[:300]}
             times = cuda_times(group, repeats, copies) if cuda else cpu_times(group, repeats)
             projects = what == "x"
             flops = 2 * N * d * k * (1 + projects + bool(learned) + ("codes" in learned))
@@ -220,22 +231,26 @@ def benchmark_operator(device: str, dtype: torch.dtype, sizes: list[int], ceilin
             moved += (N * d * s + d * k * s) * projects + (2 * N * d * s + d * k * s) * bool(learned)
             floor = 1e6 * max(flops / ceiling["flops_per_second"], moved / ceiling["bytes_per_second"])
             for column, values in times.items():
-                row = {"what": what, "N": N, "d": d, "k": k, "column": column} | microseconds(values)
+                row = place | {"column": column} | microseconds(values)
                 row |= {"floor_us": floor, "tflops": flops / row["p50_us"] / 1e6, "flops": flops, "bytes": moved}
                 if cuda:
                     row |= footprint(group[column])
                 if not learned:
                     exact_from_x = what == "x" or (what == IDS and column == "naive")
                     row["error"] = relative_error(group[column](0), sets[0], exact_from_x)
-                rows.append(row)
                 share = f"{100 * floor / row['p50_us']:6.1f}% of the floor"
                 print(f"{what:38} N {N:6} {column:9} {row['p50_us']:12.1f} us {share}", file=sys.stderr, flush=True)
-    return rows
+                yield row
 
 
 def footprint(function) -> dict[str, float]:
-    """Peak device memory of a call above what was there, and its kernel launches."""
+    """Of a call: peak device memory above what was there, kernel launches, and time with the host's, of 20 calls."""
     torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(20):
+        function(0)
+    torch.cuda.synchronize()
+    eager = (time.perf_counter() - started) / 20
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     kept = function(0)
@@ -245,7 +260,8 @@ def footprint(function) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function(0)
         torch.cuda.synchronize()
-    return {"peak_mib": peak / 2**20, "launches": sum(event.device_type.name == "CUDA" for event in profile.events())}
+    launches = sum(event.device_type.name == "CUDA" for event in profile.events())
+    return {"eager_us": eager * 1e6, "peak_mib": peak / 2**20, "launches": launches}
 
 
 def relative_error(out, i, from_x: bool) -> float:
@@ -281,27 +297,52 @@ def benchmark_codebook(device: str, dtype: torch.dtype, repeats: int) -> list[di
     return rows
 
 
+def collect(lines: list[str]) -> dict:
+    """One object of the lines that `main` prints. A last one that is cut off is left out."""
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    header, *rows = rows or [{}]
+    lists = {"operator": "tflops", "codebook": "part", "failed": "failed"}
+    return header | {name: [row for row in rows if key in row] for name, key in lists.items()}
+
+
 def main() -> None:
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=0, help="timings a row; default: 50 on CUDA, 9 on the CPU")
-    parser.add_argument("--smoke", action="store_true", help="small sizes, to see that everything runs")
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=[512, 2048, 8192, 65536] if cuda else [1, 16, 64, 512, 4096])
+    add("--code-dim", type=int, default=CODE_WIDTH)
+    add("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
+    add("--repeats", type=int, default=50 if cuda else 9, help="timings a row")
+    add("--no-compile", action="store_true", help="without torch.compile, whose autotuning takes minutes")
+    add("--smoke", action="store_true", help="small sizes, to see that everything runs")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    repeats = args.repeats or (3 if args.smoke else 50 if device == "cuda" else 9)
-    sizes = [16] if args.smoke else [1, 16, 64, 512, 8192, 65536] if device == "cuda" else [1, 16, 64, 512, 4096]
+    if args.smoke:
+        args.sizes, args.repeats = [16], 3
+    device, dtype = "cuda" if cuda else "cpu", DTYPES[args.dtype]
+    without = {"compiled"} if args.no_compile else set()
+    if not cuda:
+        without |= {"fused", "library"}
     torch.manual_seed(0)
+
+    def emit(row: dict) -> None:
+        print(json.dumps(rounded(row)), flush=True)
+
     ceiling = ceilings(device, dtype)
-    result = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "dtype": name_of(dtype), "versions": versions(), "commit": commit(),
-        "repeats": repeats, "ceilings": ceiling,
-        "operator": benchmark_operator(device, dtype, sizes, ceiling, repeats),
-        "codebook": benchmark_codebook(device, dtype, repeats),
+    header = {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": args.dtype, "versions": versions(), "commit": commit(), "repeats": args.repeats, "ceilings": ceiling,
     }  # fmt: skip
     if adapter.HAVE_TRITON:
-        result["versions"]["triton"] = adapter.triton.__version__
-    print(json.dumps(rounded(result), indent=1))
+        header["versions"]["triton"] = adapter.fused.triton.__version__
+    emit(header)
+    for row in benchmark_operator(device, dtype, args.code_dim, args.sizes, ceiling, args.repeats, without):
+        emit(row)
+    if args.code_dim == CODE_WIDTH and args.dtype == parser.get_default("dtype"):
+        for row in benchmark_codebook(device, dtype, args.repeats):
+            emit(row)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from plumbing.checkpoints import CHECKPOINT
 from plumbing.hub import MODELS
-from plumbing.launch import UserError
+from plumbing.launch import UserError, one_line
 from plumbing.wires import SavedWire
 
 # flags that say where and how a run works, not what it trains
-NOT_SAVED = ("out", "resume", "eval_only", "dry_run", "random_weights", "send", "receive", "wire", "question")
+NOT_SAVED = "out resume overwrite eval_only dry_run random_weights send receive wire question".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,12 +21,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        self.exit(2, f"error: {one_line(message)} (--help lists the flags)\n")
 
 
 def positive_int(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def whole_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
     return int(text)
 
 
@@ -64,6 +70,7 @@ def add_arguments(parser: Parser, stage: str, config: dict) -> None:
     add("--eval-examples", type=positive_int, default=1000, help=f"test rows {number}")
     add("--eval-only", metavar="WIRE_DIR", help="evaluate a trained wire; its config.json names the model")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--overwrite", action="store_true", help="discard the unfinished run in --out")
     add("--smoke", action="store_true", help="run everything on a small scale: a few steps, 40 test rows")
     parser.set_defaults(stage=stage)
 
@@ -91,10 +98,10 @@ def finish_arguments(parser: Parser) -> argparse.Namespace:
         parser.error("--device split needs one process that has all GPUs: start it with python, not torchrun")
     if args.lr > 100:
         parser.error(f"argument --lr: {args.lr:g} only diverges; Adam's useful range is about 1e-5 to 1e-2")
-    if args.eval_only and Path(args.eval_only).resolve() == Path(args.out).resolve():
-        parser.error(f"--out {args.out} is the wire under evaluation and would be overwritten: give another directory")
     if args.resume and args.eval_only:
         parser.error("--resume continues a training run and --eval-only has none: drop one of them")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on from the checkpoint that --overwrite discards: drop one of them")
     return args
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import itertools
 import os
+import stat
 import urllib.request
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from plumbing.checkpoints import write_atomically
+from plumbing.kinds import ANYTHING, TEXT, Many, parse
 from plumbing.launch import UserError
 from plumbing.spelling import tokenize
 from tiny import world
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
     from common import Reader
 
 MAX_LINE = 64 << 20  # bytes of a JSONL row
+ENDINGS = (".json", ".jsonl", ".txt")
+ROW = {"context": TEXT, "question": TEXT, "answers": Many(TEXT, 1), "*": ANYTHING}  # of a JSONL file
+SQUAD_ROW = {"question": TEXT, "answers?": Many({"text": TEXT, "*": ANYTHING}), "*": ANYTHING}
+SQUAD_PARAGRAPHS = Many({"context": TEXT, "qas": Many(SQUAD_ROW), "*": ANYTHING})
+SQUAD_LAYOUT = {"data": Many({"paragraphs": SQUAD_PARAGRAPHS, "*": ANYTHING}), "*": ANYTHING}
 WINDOW = 256  # tokens: a .txt file is cut into windows of this length
 
 # official SQuAD v1.1 files: name -> (address, sha256)
@@ -37,6 +44,20 @@ SQUAD = {
         "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
     ),
 }
+
+
+def everyday(count: int) -> list[dict]:
+    """The first rows of everyday.jsonl, which was written by hand; no reader was trained on it."""
+    return [row for _, row in itertools.islice(read_jsonl(EVERYDAY), count)]
+
+
+# what differs is the test set: (number of rows) -> rows
+EVERYDAY = Path(world.__file__).with_name("everyday.jsonl")
+TINY = {
+    "tiny": functools.partial(world.make_examples, "test"),
+    "tiny-unseen": functools.partial(world.make_examples, "test", unseen=True),
+    "tiny-everyday": everyday,
+} | {f"tiny-{style}": functools.partial(world.make_examples, "test", style=style) for style in world.STYLES}
 
 
 @dataclass
@@ -70,63 +91,77 @@ def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
 def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
     """`tiny`, `squad` (downloaded once, checked) or a FILE: SQuAD v1.1 JSON, JSONL rows, or .txt.
 
-    A single file is split by a hash of the passage (90% train, 10% test), so no passage is in both. A text is cut into
-    windows, and the last fifth of them is the test set. At most `eval_examples` test rows, chosen by a fixed shuffle.
-    Raises UserError with file and line.
+    `tiny-unseen` and the others of TINY differ from `tiny` in their test rows alone. A file of questions is split by a
+    hash of the passage (`split_of`), so no passage is in two splits. A text is cut into windows, and the last fifth of
+    them is the test set. At most `eval_examples` test rows, chosen by a fixed shuffle. Raises UserError with file and
+    line.
     """
-    if name == "tiny":
-        return Data("qa", None, world.make_examples("validation", 100), world.make_examples("test", eval_examples))
+    if name in TINY:
+        return Data("qa", None, world.make_examples("validation", 100), TINY[name](eval_examples))
     if name == "squad":
-        train, test = (read_squad(path) for path in fetch_squad())
-        return squad_data(train, test, eval_examples)
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"--data {name}: no such file; give tiny, squad, or a .json, .jsonl or .txt file")
-    if path.stat().st_size == 0:
-        raise UserError(f"--data {name}: the file is empty")
-    if path.suffix == ".jsonl":
-        return jsonl_data(name, path, eval_examples)
+        rows, test = (read_squad(path) for path in fetch_squad())
+        return split_rows(name, enumerate(rows), lambda places: [rows[i] for i in places], eval_examples, test)
+    path, problem = Path(name), what_is_wrong(Path(name))
+    if problem:
+        raise UserError(
+            f"--data {name}: {problem}; give tiny, squad, or a file whose name ends in {', '.join(ENDINGS)} "
+            f"(also: {', '.join(list(TINY)[1:])})"
+        )
+    if path.suffix.lower() == ".jsonl":
+        return split_rows(name, read_jsonl(path), functools.partial(JsonlRows, path), eval_examples)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--data {name}: not UTF-8 (byte {error.start}); convert it first, e.g. with iconv") from None
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return text_data(name, text, reader, eval_examples)
     rows = read_squad(path, text)
-    in_test = [hashlib.sha256(row["context"].encode()).digest()[0] < 26 for row in rows]
-    test = [row for row, chosen in zip(rows, in_test, strict=True) if chosen]
-    train = [row for row, chosen in zip(rows, in_test, strict=True) if not chosen]
-    if not train or not test:
-        raise UserError(f"--data {name}: {len(rows)} rows are too few passages to split into training and test")
-    return squad_data(train, test, eval_examples)
+    return split_rows(name, enumerate(rows), lambda places: [rows[i] for i in places], eval_examples)
 
 
-def squad_data(train: list[dict], test: list[dict], eval_examples: int) -> Data:
-    order = np.random.default_rng(0).permutation(len(test))[:eval_examples]
-    passages = sorted({row["context"] for row in train}, key=lambda text: hashlib.sha256(text.encode()).digest())
-    held_out = set(passages[: max(1, len(passages) // 50)]) if len(passages) > 1 else set()
-    validation = [row for row in train if row["context"] in held_out][:100]
-    rest = [row for row in train if row["context"] not in held_out]
-    return Data("qa", rest or train, validation or train[:100], [test[i] for i in order])
+def what_is_wrong(path: Path) -> str | None:
+    """Why a path is not a data file, or None."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:  # a loop of links, a name that is too long, a zero byte in it
+        return f"not a file ({getattr(error, 'strerror', None) or error})"
+    if not stat.S_ISREG(status.st_mode):
+        return "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device, which cannot be read twice"
+    if path.suffix.lower() not in ENDINGS:
+        return f"a file of an unknown kind ({path.suffix or 'its name has no ending'})"
+    return None if status.st_size else "the file is empty"
 
 
-def jsonl_data(name: str, path: Path, eval_examples: int) -> Data:
-    """A file of any size: every row is checked once, and the training rows stay on the disk."""
-    train, validation, test = array("q"), array("q"), array("q")  # where rows begin
-    for place, row in read_jsonl(path):
-        digest = hashlib.sha256(row["context"].encode()).digest()
-        (test if digest[0] < 26 else validation if digest[1] < 5 else train).append(place)
+def split_of(passage: str) -> str:
+    """The split of a passage of a file that has none: 10% test, 2% of the rest validation."""
+    digest = hashlib.sha256(passage.encode()).digest()
+    return "test" if digest[0] < 26 else "validation" if digest[1] < 5 else "train"
+
+
+def split_rows(
+    name: str, found: Iterable[tuple[int, dict]], rows_at: Callable, eval_examples: int, test: list | None = None
+) -> Data:
+    """Data from (place, row) pairs, of which only the places are kept; rows_at(places) -> rows. test: if known."""
+    places = {split: array("q") for split in world.SPLITS}
+    for place, row in found:
+        places[split_of(row["context"])].append(place)
+    train, validation = places["train"], places["validation"]
+    if test is None:
+        test = rows_at(places["test"])
+    else:
+        train += places["test"]
     if not test or not train + validation:
         count = len(train) + len(validation) + len(test)
         raise UserError(f"--data {name}: {count} rows are too few passages to split into training and test")
     if not validation:  # a small file: the first passage is held out
-        rows = JsonlRows(path, train)
+        rows = rows_at(train)
         is_first = [row["context"] == rows[0]["context"] for row in rows]
         validation = [place for place, chosen in zip(train, is_first, strict=True) if chosen]
         train = [place for place, chosen in zip(train, is_first, strict=True) if not chosen]
     order = np.random.default_rng(0).permutation(len(test))[:eval_examples]
-    held_out, tests = JsonlRows(path, validation[:100]), JsonlRows(path, [test[i] for i in order])
-    return Data("qa", JsonlRows(path, train or validation), list(held_out), list(tests))
+    return Data("qa", rows_at(train or validation), list(rows_at(validation[:100])), [test[i] for i in order])
 
 
 def text_data(name: str, text: str, reader: Reader, eval_examples: int) -> Data:
@@ -137,8 +172,13 @@ def text_data(name: str, text: str, reader: Reader, eval_examples: int) -> Data:
     width = min(WINDOW, reader.context_tokens) - len(start)
     rows = [{"ids": start + ids[at : at + width]} for at in range(0, len(ids), width)]
     rows = [row for row in rows if len(row["ids"]) > len(start) + 1]
+    special = set(reader.tokenizer.all_special_ids)
+    rows = [row for row in rows if not special.issuperset(row["ids"])]  # those hold no text
     if len(rows) < 5:
-        raise UserError(f"--data {name}: only {len(ids)} tokens; to train and test, a text needs at least {5 * width}")
+        raise UserError(
+            f"--data {name}: its {len(ids)} tokens make {len(rows)} windows of {width} with text in them; to train and "
+            "test, it needs at least 5"
+        )
     first_test = len(rows) - max(1, len(rows) // 5)
     first_validation = first_test - max(1, len(rows) // 20)
     validation = rows[first_validation:first_test][:100]
@@ -174,63 +214,25 @@ def halve(reader: Reader, rows: list[dict]) -> list[dict]:
     return halves
 
 
-def encodes(row: dict) -> bool:
-    """False where a JSON escape left half a surrogate pair, which is a Python string but no Unicode text."""
-    try:
-        "".join([row["context"], row["question"], *row["answers"]]).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def read_squad(path: Path, text: str | None = None) -> list[dict]:
     """Rows of a SQuAD v1.1 JSON file. Raises UserError if it is malformed or has no answered question."""
     text = path.read_text(encoding="utf-8") if text is None else text
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--data {path}: line {error.lineno}: not JSON ({error.msg})") from None
-    except RecursionError:
-        raise UserError(f"--data {path}: JSON, but nested too deeply to be SQuAD") from None
     rows = []
-    try:
-        for article in parsed["data"]:
-            for paragraph in article["paragraphs"]:
-                for qa in paragraph["qas"]:
-                    answers = [answer["text"] for answer in qa.get("answers", [])]
-                    if answers:
-                        row = {"context": paragraph["context"], "question": qa["question"], "answers": answers}
-                        if not all(isinstance(part, str) for part in [row["context"], row["question"], *answers]):
-                            raise TypeError
-                        rows.append(row)
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"--data {path}: JSON, but not in the SQuAD v1.1 layout (data/paragraphs/qas/answers)"
-        ) from None
+    for article in parse(text, SQUAD_LAYOUT, f"--data {path}, read in the SQuAD v1.1 layout")["data"]:
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                answers = [answer["text"] for answer in qa.get("answers", [])]
+                if answers:
+                    rows.append({"context": paragraph["context"], "question": qa["question"], "answers": answers})
     if not rows:
         raise UserError(f"--data {path}: no question has an answer, so there is nothing to score against")
-    for row in rows:
-        if not encodes(row):
-            raise UserError(f"--data {path}: half a surrogate pair in the row of question {row['question']!a:.80}")
     return rows
 
 
 def parse_row(path: Path, number: int | str, line: str) -> dict:
     """A row {"context", "question", "answers": [...]} from a line of JSON. Raises UserError with file and line."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise UserError(f"--data {path}: line {number}: not JSON ({reason})") from None
-    good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("context", "question"))
-    answers = row.get("answers") if good else None
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        want = '{"context": str, "question": str, "answers": [str, ...]}'
-        raise UserError(f"--data {path}: line {number}: want {want}")
-    row = {"context": row["context"], "question": row["question"], "answers": answers}
-    if not encodes(row):
-        raise UserError(f"--data {path}: line {number}: half a surrogate pair is not Unicode text")
-    return row
+    row = parse(line, ROW, f"--data {path}: line {number}")
+    return {key: row[key] for key in ("context", "question", "answers")}
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:

@@ -1,6 +1,7 @@
 """Names of models -> directories with their files. Everything that is imported from transformers comes through here."""
 
 import errno
+import os
 from pathlib import Path
 
 import transformers
@@ -41,7 +42,7 @@ def find_model(name: str) -> Path:
     target = MODELS.get(name, name)
     if name in MODELS and target.startswith("tiny/"):
         return ROOT / target
-    local = Path(target).expanduser()
+    local = Path(os.path.expanduser(target))  # Path.expanduser() raises for a user who is not there
     if local.is_dir():
         return local
     if target.startswith((".", "/", "~")) or target.count("/") != 1 or "\\" in target or local.exists():

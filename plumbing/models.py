@@ -19,6 +19,7 @@ from torch import Tensor
 
 from plumbing.hub import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GradientCheckpointingLayer
 from plumbing.launch import UserError, is_out_of_memory, name_of
+from plumbing.wires import mark_as_read
 
 if TYPE_CHECKING:
     from common import Reader
@@ -52,6 +53,7 @@ def load_llm(name: str, directory: Path, device: torch.device, dtype: torch.dtyp
     """
     if split and importlib.util.find_spec("accelerate") is None:
         raise UserError("--device split needs accelerate, which moves data between the GPUs: pip install accelerate")
+    mark_as_read(directory)
     check_directory(name, directory)
     check_weights(name, directory, dtype, device, split)
     transformers.utils.logging.disable_progress_bar()  # stderr is for errors
@@ -147,6 +149,8 @@ def check_fingerprint(reader: Reader, config: dict, wire: str) -> None:
             f"{wire} was trained for another LLM: fingerprint {config['fingerprint']}, {reader.name} has "
             f"{reader.fingerprint}"
         )
+    if config.get("embedding_width", reader.table.shape[1]) != reader.table.shape[1]:
+        raise UserError(f"{wire}: its embedding_width is not that of {reader.name}, {reader.table.shape[1]}")
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import kernels.adapter  # noqa: F401  registers torch.ops.latentwire
-from common import IGNORE, MAX_NEW_TOKENS, PCA, Batch, Reader, answer_logits, embedding_table, fit_pca
+from common import IGNORE, MAX_NEW_TOKENS, PCA, Batch, Reader, answer_logits, embedding_table
 from plumbing.hub import MODELS
 from plumbing.launch import ROOT, UserError, commit, name_of, set_up, versions
 from plumbing.models import check_memory, checkpoint_layers
@@ -110,7 +110,7 @@ def random_wire(stage1: ModuleType, reader: Reader, k: int, kind: str):
     d, device = reader.table.shape[1], reader.device
     components, _ = torch.linalg.qr(torch.randn(d, k, device=device))
     pca = PCA(reader.table.mean(0), components, torch.ones(d, dtype=torch.float64))
-    wire = stage1.Wire(reader, pca, "constant", reader.table.square().mean().sqrt())
+    wire = stage1.Wire(reader, pca, reader.table.square().mean().sqrt())
     counts = torch.ones(len(reader.table), device=device)
     wire.adapter = stage1.Adapter(kind, pca, reader, wire.codes, counts).to(device)
     return wire
@@ -120,12 +120,6 @@ def random_wire(stage1: ModuleType, reader: Reader, k: int, kind: str):
 def adapt_flops(codes, weight, bias, target, ids=None, *args, **kwargs) -> int:
     """The matmul [N,k] by [k,d]. Arguments: those of `kernels.adapter`, as shapes."""
     return 2 * (ids or codes)[0] * weight[0] * weight[1]
-
-
-@register_flop_formula(torch.ops.latentwire.adapt_backward)
-def adapt_backward_flops(g, out, codes, weight, bias, target, scale, ids, gram, codes_too, weight_too, *args, **kwargs):
-    """The matmuls of the gradients that are wanted, formed from dL/dy."""
-    return (codes_too + weight_too) * 2 * g[0] * weight[0] * weight[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +143,7 @@ def steps_of(stage1: ModuleType, wire, batch: Batch) -> dict:
         optimizer.zero_grad(set_to_none=True)
 
     def with_wire() -> None:
-        ce, mse, _ = stage1.step_losses(wire, batch, targets, sent, variance, False)
+        ce, mse = stage1.llm_losses(wire, batch, targets, sent, variance)
         update(ce + mse)
 
     def alone() -> None:
@@ -159,7 +153,7 @@ def steps_of(stage1: ModuleType, wire, batch: Batch) -> dict:
 
     def plain() -> None:
         ids = batch.ids[batch.sent]
-        decoded, real = wire.adapter(wire.codes[ids], wire.target_rms(ids)), reader.table[ids]
+        decoded, real = wire.adapter(wire.codes, wire.target_rms(ids), ids), reader.table[ids]
         embeddings = reader.table[batch.ids].masked_scatter(batch.sent[..., None], decoded)
         output = reader.model(
             inputs_embeds=embeddings.to(reader.dtype), attention_mask=batch.attention, use_cache=False
@@ -236,7 +230,7 @@ def measure(stage1: ModuleType, args, device: torch.device, dtype: torch.dtype) 
         flops[name] = rows * counter.get_total_flops()
     unique = batch.ids[batch.sent].unique()  # of the whole batch, which are fewer than those of its rows together
     with FlopCounterMode(display=False) as counter:
-        wire.adapter(wire.codes[unique], wire.target_rms(unique)).sum().backward()
+        wire.adapter(wire.codes, wire.target_rms(unique), unique).sum().backward()
     wire.adapter.zero_grad(set_to_none=True)
     flops["wire"] = flops["LLM alone"] + counter.get_total_flops()
     for name, step in steps.items():
@@ -327,7 +321,7 @@ class CannotTrace(UserError):
 
 
 def trace(stage1: ModuleType, args, dtype: torch.dtype, checkpointing: bool) -> dict:
-    """What one micro-batch of stage 1 takes: shapes, bytes at its peak, FLOPs. Mirrors `stage1.step_losses`."""
+    """What one micro-batch of stage 1 takes: shapes, bytes at its peak, FLOPs. Mirrors `stage1.llm_losses`."""
     with FakeTensorMode(), PeakMemory() as memory:
         reader = random_reader(args.model, args.random_weights or None, torch.device("cpu"), dtype)
         V, d = reader.table.shape
@@ -354,7 +348,7 @@ def trace(stage1: ModuleType, args, dtype: torch.dtype, checkpointing: bool) -> 
         def step() -> None:
             embeddings = reader.table[torch.zeros(rows, length, dtype=torch.long)]  # [B,T,d]
             unique = torch.zeros(unique_tokens, dtype=torch.long)
-            decoded, real = adapter(codes[unique], torch.tensor(1.0)), reader.table[unique]  # [U,d]
+            decoded, real = adapter(codes, torch.tensor(1.0), unique), reader.table[unique]  # [U,d]
             mse = ((decoded - real).square() * torch.ones(unique_tokens, 1)).sum()
             sent = (torch.arange(length) < length - ANSWER).expand(rows, -1)[..., None]
             wired = embeddings.masked_scatter(sent, decoded[torch.zeros(sent_tokens, dtype=torch.long)])
@@ -398,13 +392,6 @@ def trace(stage1: ModuleType, args, dtype: torch.dtype, checkpointing: bool) -> 
             "codes and adapters": codes.numel() * 4 + size(adapter, *controls),
             "optimiser": 8 * trained,
         }
-
-        # by bitsandbytes: linear layers but for the output's, and a float32 scale a row (8 bits) or 64 numbers (4 bits)
-        output = reader.model.get_output_embeddings()
-        linear = [m for m in reader.model.modules() if type(m) is torch.nn.Linear and m is not output]
-        numbers, scales = sum(m.weight.numel() for m in linear), sum(m.out_features for m in linear)
-        in_full = held["weights"] - numbers * dtype.itemsize
-        few_bits = {"8": in_full + numbers + 4 * scales, "4": in_full + numbers // 2 + numbers // 16}
         evaluation = {
             "keys and values": 2 * rows * (length + MAX_NEW_TOKENS) * cache,
             "identity wire": 4 * (V * d + 2 * d * d),
@@ -414,7 +401,7 @@ def trace(stage1: ModuleType, args, dtype: torch.dtype, checkpointing: bool) -> 
             "layers": text.num_hidden_layers, "parameters": sum(p.numel() for p in reader.model.parameters()),
             "trained_parameters": trained, "batch": [rows, length], "unique_tokens": unique_tokens,
             "flops": flops, "held": held, "activations": activations, "evaluation": evaluation,
-            "weights_in_bits": few_bits, "logits_everywhere": rows * length * V * 4,
+            "logits_everywhere": rows * length * V * 4,
             "training_bytes": sum(held.values()) + activations,
             "evaluation_bytes": sum(held.values()) + sum(evaluation.values()),
         }  # fmt: skip
@@ -425,31 +412,6 @@ def expected_unique_tokens(vocabulary: int, tokens: int) -> float:
     ranks = range(1, vocabulary + 1)
     total = sum(1 / rank for rank in ranks)
     return sum(1 - (1 - 1 / (rank * total)) ** tokens for rank in ranks)
-
-
-def pca_seconds(vocabulary: int, d: int) -> float:
-    """Time of `fit_pca` on this machine, from a small one: V d^2 for the covariance, d^3 for its vectors."""
-    small = 1024
-
-    def seconds(tokens: int) -> float:
-        table = torch.randn(tokens, small)
-        started = time.perf_counter()
-        fit_pca(table, torch.ones(tokens))
-        return time.perf_counter() - started
-
-    few, many = (min(seconds(tokens) for _ in range(3)) for tokens in (small, 8 * small))
-    a_token = max(0.0, many - few) / (7 * small)
-    eigenvectors = max(0.0, few - small * a_token)
-    return vocabulary * a_token * (d / small) ** 2 + eigenvectors * (d / small) ** 3
-
-
-def several_gpus(need: float) -> list[tuple[str, str, str]]:
-    """The row that says how many GPUs hold what none holds alone."""
-    counts = {card: math.ceil(need / (USABLE * memory)) for card, memory in list(CARDS.items())[-2:]}
-    if min(counts.values()) == 1:
-        return []
-    many = " or ".join(f"{count} of {card}" for card, count in counts.items())
-    return [("--device split", many, "at least, with checkpointing: the LLM's layers over several GPUs")]
 
 
 def dry_run(stage1: ModuleType, args, dtype: torch.dtype) -> dict:
@@ -467,13 +429,10 @@ def dry_run(stage1: ModuleType, args, dtype: torch.dtype) -> dict:
         name: [card for card, memory in CARDS.items() if need <= USABLE * memory] or ["no single one"]
         for name, need in needs.items()
     }
-    seconds = pca_seconds(shape["vocabulary"], shape["d"])
     table = [
         ("parameters", f"{shape['parameters'] / 1e9:.3f} B", f"{shape['layers']} layers, d {shape['d']}, V "
          f"{shape['vocabulary']}; trained: {shape['trained_parameters'] / 1e6:.2f} M ({args.adapter}, k {shape['k']})"),
         ("weights", gigabytes(held["weights"]), f"{name_of(dtype)}, frozen: no gradients"),
-        ("", gigabytes(shape["weights_in_bits"]["8"]), "saved in 8 bits by bitsandbytes; in 4 bits "
-         + gigabytes(shape["weights_in_bits"]["4"])),
         ("embedding table", gigabytes(held["embedding table"]), "float32"),
         ("codes and adapters", gigabytes(held["codes and adapters"]), "float32; the trained one, and two controls"),
         ("optimiser", gigabytes(held["optimiser"]), "AdamW, of the adapter alone"),
@@ -482,10 +441,8 @@ def dry_run(stage1: ModuleType, args, dtype: torch.dtype) -> dict:
         ("training", gigabytes(shape["training_bytes"]), f"checkpointing: {gigabytes(ways['with']['training_bytes'])}"),
         ("evaluation", gigabytes(shape["evaluation_bytes"]), f"keys and values of {2 * rows} prompts, identity wire"),
         ("fits a GPU of", ", ".join(fits["without"]), f"checkpointing: {', '.join(fits['with'])}"),
-        *several_gpus(needs["with"]),
         ("not made", gigabytes(shape["logits_everywhere"]), "float32 logits at every position"),
         ("FLOPs of a micro-batch", f"{shape['flops'] / 1e12:.1f} T", "a third more with checkpointing"),
-        ("PCA", f"{seconds:.0f} s", "once, on this machine's CPU"),
     ]  # fmt: skip
     where = "per GPU" if dtype == torch.bfloat16 else "per GPU, in float32"
     print_table(f"dry run: stage 1 on {args.model}, {where}", table)
@@ -493,7 +450,7 @@ def dry_run(stage1: ModuleType, args, dtype: torch.dtype) -> dict:
     return {
         "model": args.model, "adapter": args.adapter, **shared,
         "activation_bytes": step, "training_bytes": {name: way["training_bytes"] for name, way in ways.items()},
-        "fits": fits, "pca_seconds": seconds,
+        "fits": fits,
     }  # fmt: skip
 
 

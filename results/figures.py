@@ -75,6 +75,7 @@ def roofline(path: Path, benches: list[dict]) -> None:
     figure, axes = plt.subplots(1, len(benches), figsize=size, layout="constrained", squeeze=False)
     styles = {"naive": ("x", "#999999"), "strong": ("^", BLUE), "compiled": ("s", "#55a868"), "ours": ("o", RED)}
     for axis, bench in zip(axes[0], benches, strict=True):
+        shape = bench["operator"][0]
         bandwidth, flops = bench["ceilings"]["bytes_per_second"], bench["ceilings"]["flops_per_second"]
         intensities = [run["flops"] / run["bytes"] for run in bench["operator"]]
         line = [min(intensities) / 2, flops / bandwidth, max(intensities) * 2]
@@ -85,7 +86,10 @@ def roofline(path: Path, benches: list[dict]) -> None:
                 chosen = [run for run in bench["operator"] if (run["what"], run["column"]) == (what, column)]
                 xs, ys = [run["flops"] / run["bytes"] for run in chosen], [run["tflops"] for run in chosen]
                 axis.loglog(xs, ys, marker, color=color, markerfacecolor=fill, label=f"{column}, {what}")
-        axis.set(title=f"{bench['device']}, {bench['dtype']}, d 4096, k 512", xlabel="FLOPs a byte that must be moved")
+        axis.set(
+            title=f"{bench['device']}, {bench['dtype']}, d {shape['d']}, k {shape['k']}",
+            xlabel="FLOPs a byte that must be moved",
+        )
     axes[0][0].set_ylabel("TFLOP/s")
     axes[0][-1].legend(fontsize=7)
     figure.savefig(path, dpi=110)

@@ -19,10 +19,10 @@ HERE = Path(__file__).resolve().parent
 BLOCKS = {
     HERE.parent / "README.md": "ladder stage0-number stage1-number stage2-number stage3-number minutes",
     HERE / "README.md": (
-        "stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity stage1-adapters "
-        "stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights stage3-message "
-        "stage3-direct stage3-direct-ablations stage3-ablations stage3-harder kernels-operator kernels-codebook "
-        "kernels-compiled scale-dry scale-steps"
+        "readers-scores readers-depth stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity "
+        "stage1-adapters stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights "
+        "stage3-message stage3-direct stage3-ablations stage3-harder kernels-operator "
+        "kernels-codebook kernels-compiled scale-dry scale-steps"
     ),
 }
 MODELS = ("tiny", "tiny-qwen")
@@ -81,9 +81,9 @@ def named(runs: list[dict], *files: str) -> list[dict]:
     return [run for file in files for run in runs if run["file"] == file]
 
 
-STAGE0, STAGE1, STAGE2, STAGE3, KERNELS, SCALE = map(load, ("stage0", "stage1", "stage2", "stage3", "kernels", "scale"))
+FOLDERS = "readers stage0 stage1 stage2 stage3 kernels scale".split()
+READERS, STAGE0, STAGE1, STAGE2, STAGE3, KERNELS, SCALE = map(load, FOLDERS)
 ADAPTERS = [run for run in STAGE1 if run["data"] == "tiny"]
-CONSTANT_RMS = [run for run in ADAPTERS if run["rms"] == "constant" and not run["kd_weight"]]
 READINGS = [flat(run | other) for run in STAGE3 for other in ({}, *run["others"])]  # one for each receiver
 BENCHES = sorted((run for run in KERNELS if "operator" in run), key=lambda bench: bench["device"].startswith("CPU"))
 
@@ -95,7 +95,7 @@ def readers(runs: list[dict]) -> list[dict]:
 
 def adapter_rows(adapter: str, times: int | None = None) -> list[dict]:
     """Stage 1 with this adapter, over its seeds: a row for each reader and width, or for codes `times` smaller."""
-    rows = grouped([run for run in CONSTANT_RMS if run["adapter"] == adapter], "model", "code_dim")
+    rows = grouped([run for run in ADAPTERS if run["adapter"] == adapter], "model", "code_dim")
     return [row for row in rows if times in (None, row["embedding_width"] // row["code_dim"])]
 
 
@@ -105,10 +105,9 @@ def message_rows(carries: str) -> list[dict]:
     return grouped(runs, "model")
 
 
-def direct_runs(steps: int = 1600) -> list[dict]:
-    """Stage 3 with a direct receiver: after the 1,600 steps of its second training, or after so many."""
-    runs = [run for run in STAGE3 if run.get("receiver") == "direct" and run["steps"] == steps]
-    return in_order(runs, "model", "rate")
+def direct_runs() -> list[dict]:
+    """Stage 3 with a direct receiver."""
+    return in_order([run for run in STAGE3 if run.get("receiver") == "direct"], "model", "rate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,8 +163,7 @@ def duration(run: dict) -> list[str]:
 def ladder() -> list[str]:
     learned = {"stage0": "all at once, from the answer", "stage1": "the adapter: {adapter}"}
     learned |= {"stage2": "+ the encoder", "stage3": "+ the message"}
-    rows = readers(STAGE0) + adapter_rows("linear", 8) + adapter_rows("codebook", 8)
-    rows += readers(STAGE2) + message_rows("prompt")
+    rows = readers(STAGE0) + adapter_rows("mlp", 8) + readers(STAGE2) + message_rows("prompt")
     columns = {"stage": lambda row: row["stage"][-1]} | READER
     columns |= {"what is learned": lambda row: learned[row["stage"]].format_map(row)}
     columns |= F1 | RETENTION | BYTES | POSITIONS | {"seeds": "{seeds}"}
@@ -182,14 +180,13 @@ def stage0_number() -> list[str]:
 
 
 def stage1_number() -> list[str]:
-    linear, codebook = adapter_rows("linear", 8)[0], adapter_rows("codebook", 8)[0]
-    untrained = mean_and_std([100 * codebook["untrained"] / codebook["text_f1"]])
+    row = adapter_rows("mlp", 8)[0]
     text = (
-        "With 8x fewer numbers per token, the linear adapter keeps {0[score][retention]}% of the F1 from text "
-        "({0[seeds]} seed), and the codebook keeps {1[score][retention]}% ({1[seeds]} seeds). Before any training, the "
-        "codebook already keeps {2}% (reader {1[model]}, {1[examples]:,} test passages): `{0[command]}`, `{1[command]}`"
+        "With 8x fewer numbers per token, the LLM keeps {score[retention]}% of its F1 from text; before training, with "
+        "the inverse of the PCA, it keeps {inverse}% (reader {model}, {examples:,} test passages, {seeds} seeds): "
+        "`{command}`"
     )
-    return [text.format(linear, codebook, untrained)]
+    return [text.format_map(row | {"inverse": mean_and_std([100 * row["pca_inverse"] / row["text_f1"]])})]
 
 
 def stage2_number() -> list[str]:
@@ -211,7 +208,7 @@ def stage3_number() -> list[str]:
 
 
 def minutes() -> list[str]:
-    runs = named(STAGE0, "tiny-seed0") + named(STAGE1, "tiny-k24-codebook-seed0")
+    runs = named(STAGE0, "tiny-seed0") + named(STAGE1, "tiny-k24-mlp-seed0")
     runs += named(STAGE2, "tiny-seed0") + named(STAGE3, "seed0")
     columns = {"stage": lambda row: row["stage"][-1], "minutes": "{minutes:.1f}", "of which evaluation": "{tested:.1f}"}
     return table([with_minutes(run) for run in runs], columns | {"on a CPU, with": "{on}"} | COMMAND)
@@ -219,6 +216,27 @@ def minutes() -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # results/README.md: stage by stage
+
+
+def readers_scores() -> list[str]:
+    """F1 from text on every test set: a row for each, a column for each reader."""
+    scores = {run["model"]: run["scores"] for run in in_order(READERS, "model")}
+    rows = [[name, *(scores[model][name] for model in MODELS)] for name in scores[MODELS[0]]]
+    columns = {"test passages": "{0}", "rows": "{1[examples]:,}"}
+    columns |= {f"F1, {model}": f"{{{at}[f1]:.1f}}" for at, model in enumerate(MODELS, 1)}
+    columns |= {f"no context, {model}": f"{{{at}[no_context_f1]:.1f}}" for at, model in enumerate(MODELS, 1)}
+    return table(rows, {title: lambda row, cell=cell: cell.format(*row) for title, cell in columns.items()})
+
+
+def readers_depth() -> list[str]:
+    """What hiding the passage in one layer costs, and what one layer that sees it is worth."""
+    columns = READER | {"exact answers, %": "{exact:.1f}"}
+    layers = range(max(run["layers"] for run in READERS))
+    columns |= {f"hidden in layer {layer}": f"{{exact_hidden_in[{layer}]:.1f}}" for layer in layers}
+    alone = in_order(READERS, "model")
+    lines = table(alone, columns)
+    best = [f"{max(run['exact_hidden_but_in']):.1f}% ({run['model']})" for run in alone]
+    return [*lines, "", f"With the passage in sight of one layer alone, at best {' and '.join(best)} are right."]
 
 
 def stage0_collapse() -> list[str]:
@@ -258,8 +276,8 @@ def stage0_sweep() -> list[str]:
 
 def stage1_headline() -> list[str]:
     columns = READER | {"code width": "{code_dim} of {embedding_width}"} | F1 | RETENTION
-    columns |= {"untrained codebook: F1": "{score[untrained]}", "PCA inverse: F1": "{score[pca_inverse]}"}
-    return table(adapter_rows("codebook"), columns | CONTROLS | BYTES | RUNS)
+    columns |= {"PCA inverse: F1": "{score[pca_inverse]}"}
+    return table(adapter_rows("mlp"), columns | CONTROLS | BYTES | RUNS)
 
 
 def stage1_identity() -> list[str]:
@@ -270,22 +288,16 @@ def stage1_identity() -> list[str]:
 
 
 def stage1_adapters() -> list[str]:
-    columns = READER | {"k": "{code_dim}", "adapter": "{adapter}", "RMS": "{rms}", "KD weight": "{kd_weight:g}"}
+    columns = READER | {"k": "{code_dim}", "adapter": "{adapter}"}
     columns |= RETENTION | {"F1": "{score[f1]}", "cosine": "{cosine:.3f}"} | NLL | {"seeds": "{seeds}"}
-    return table(grouped(ADAPTERS, "model", "code_dim", "adapter", "rms", "kd_weight"), columns)
+    return table(grouped(ADAPTERS, "model", "code_dim", "adapter"), columns)
 
 
 def stage1_real_weights() -> list[str]:
-    columns = {"adapter": "{adapter}", "RMS": "{rms}"}
+    columns = {"adapter": "{adapter}"}
     columns |= {"NLL through the wire": "{nll_wire:.3f}", "NLL from text": "{nll_text:.3f}"}
-    columns |= {"untrained": "{untrained:.3f}", "PCA inverse": "{pca_inverse:.3f}", "identity wire": "{identity:.3f}"}
-    squad = (
-        "On {examples} SQuAD questions (`{command}`), the same model scores F1 {text_f1:.2f} from the text and "
-        "{f1:.2f} through the wire. A language model of 260K parameters cannot answer these questions, so retention "
-        "says nothing here."
-    )
-    lines = table([run for run in STAGE1 if run["data"].endswith(".txt")], columns | COMMAND)
-    return lines + ["", *(squad.format_map(run) for run in named(STAGE1, "stories260k-squad"))]
+    columns |= {"PCA inverse": "{pca_inverse:.3f}", "identity wire": "{identity:.3f}"}
+    return table([run for run in STAGE1 if run["data"].endswith(".txt")], columns | COMMAND)
 
 
 def stage2_encoder() -> list[str]:
@@ -298,9 +310,7 @@ def stage2_ablations() -> list[str]:
     left_out = {
         "tiny-seed0": "nothing",
         "tiny-without-nothing": "nothing, at a learning rate of 1e-3",
-        "tiny-without-boundary-target": "boundary and code targets",
         "tiny-without-code-target": "code target",
-        "tiny-without-stage1-adapter": "stage 1 adapter",
         "tiny-without-llm-steps": "LLM steps",
         "tiny-without-pca": "PCA",
     }
@@ -309,12 +319,12 @@ def stage2_ablations() -> list[str]:
 
 
 def passages(run: dict) -> str:
-    """How harder passages differ: "emoji" of harder-emoji.jsonl."""
-    return Path(run["data"]).stem.removeprefix("harder-")
+    """How the test passages differ: "emoji" of tiny-emoji."""
+    return run["data"].removeprefix("tiny-")
 
 
 def stage2_harder() -> list[str]:
-    runs = in_order([run for run in STAGE2 if "harder-" in run["data"]], "model", "data")
+    runs = in_order([run for run in STAGE2 if run["data"].startswith("tiny-")], "model", "data")
     return table(runs, READER | {"passages": passages} | F1 | RETENTION | TOKENS)
 
 
@@ -353,20 +363,9 @@ def stage3_direct() -> list[str]:
     return table(direct_runs(), columns | COMMAND)
 
 
-def stage3_direct_ablations() -> list[str]:
-    learns_from = {
-        "direct-short": "the answer, the teacher's answer, the teacher's states",
-        "direct-short-without-states": "the answer, the teacher's answer",
-        "direct-short-without-teacher": "the answer",
-    }
-    columns = {"learns from": lambda row: learns_from[row["file"]], "F1 through the wire": "{f1:.1f}"}
-    return table(named(STAGE3, *learns_from), columns | RETENTION | COMMAND)
-
-
 def stage3_ablations() -> list[str]:
     left_out = {
         "seed0": "nothing",
-        "one-receiver": "the second receiver",
         "without-copies": "copying from the message",
         "without-context": "the last 8 indices",
         "without-prediction": "any prediction: 10 bits per index",
@@ -378,7 +377,7 @@ def stage3_ablations() -> list[str]:
 def stage3_harder() -> list[str]:
     columns = {"passages": passages} | READER | {"bytes": "{wire_bytes:.0f}", "text": "{text_bytes:.0f}"}
     columns |= {"zlib -9": "{zlib_bytes:.0f}"} | RETENTION
-    return table(in_order([run for run in READINGS if "harder-" in run["data"]], "data", "model"), columns)
+    return table(in_order([run for run in READINGS if run["data"].startswith("tiny-")], "data", "model"), columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,7 +400,8 @@ def kernels_operator() -> list[str]:
         for run in bench["operator"]:
             cases[run["what"], run["N"]][run["column"]] = run
         on_cpu, most = bench["device"].startswith("CPU"), max(N for _, N in cases)
-        rows = [case["ours"] | {"all": case} for (_, N), case in cases.items() if not on_cpu or N in (1, 512, most)]
+        kept = [case for (_, N), case in cases.items() if "ours" in case and (not on_cpu or N in (1, 512, most))]
+        rows = [case["ours"] | {"all": case} for case in kept]
         columns = {"input": "{what}", "N": "{N}", "ours, ms": in_units(1e3, "p50_us", form="{:.3f}")}
         columns |= {"floor / ours, %": lambda row: f"{100 * row['floor_us'] / row['p50_us']:.0f}"}
         columns |= {f"{run['column']} / ours": ratio(run["column"]) for run in bench["operator"]}
@@ -411,7 +411,8 @@ def kernels_operator() -> list[str]:
         software = ", ".join(
             f"{name} {bench['versions'][name]}" for name in ("torch", "triton") if name in bench["versions"]
         )
-        about = bench | {"copy": copy, "matmul": matmul, "software": software}
+        about = bench | {"dtype": bench["dtype"] if on_cpu else f"{bench['dtype']}, k {rows[0]['k']}"}
+        about |= {"copy": copy, "matmul": matmul, "software": software}
         lines += [text.format_map(about), "", *table(rows, columns), ""]
     if BENCHES[0]["device"].startswith("CPU"):
         lines.append("Not measured on a GPU: `python results/run_kernels.py && python results/make.py` adds the rows.")
@@ -450,7 +451,7 @@ def scale_dry() -> list[str]:
     columns |= {"trained, M": in_units(1e6, "trained_parameters"), "weights, GB": in_units(1e9, "held", "weights")}
     columns |= {"training, GB (checkpointing)": lambda row: f"{training(row)} ({less(row)})"}
     columns |= {"evaluation, GB": in_units(1e9, "evaluation_bytes")}
-    columns |= {"fits a GPU of (checkpointing)": "{fits[without][0]} ({fits[with][0]})", "PCA, s": "{pca_seconds:.0f}"}
+    columns |= {"fits a GPU of (checkpointing)": "{fits[without][0]} ({fits[with][0]})"}
     return table(sorted((run for run in SCALE if "fits" in run), key=lambda run: run["parameters"]), columns)
 
 
@@ -492,9 +493,9 @@ def filled(path: Path, names: list[str]) -> str:
 def draw() -> None:
     import figures  # with matplotlib, which --check does without
 
-    groups = grouped(CONSTANT_RMS, "model", "code_dim", "adapter")
+    groups = grouped(ADAPTERS, "model", "code_dim", "adapter")
     figures.stage1(HERE / "stage1.png", {model: [row for row in groups if row["model"] == model] for model in MODELS})
-    points = {"stage 0: all at once": readers(STAGE0), "stage 1: the adapter": adapter_rows("codebook")}
+    points = {"stage 0: all at once": readers(STAGE0), "stage 1: the adapter": adapter_rows("mlp")}
     points |= {"stage 2: + the encoder": readers(STAGE2), "stage 3: + the message": message_rows("prompt")}
     texts = {run["model"]: run for run in in_order(named(READINGS, "seed0"), "model")}
     direct = {model: [run for run in direct_runs() if run["model"] == model] for model in MODELS}

@@ -40,11 +40,10 @@ from stage3.receivers import entry_of, load_receiver
 from stage3_full import (
     BETAS,
     CONFIG,
-    FIXED_BY_WIRE,
-    NEEDED,
     SHIPPED,
     STAGE,
     WEIGHT_DECAY,
+    WIRE,
     Codec,
     Predictor,
     Wire,
@@ -272,8 +271,7 @@ def main(args) -> None:
     """--receiver direct, trained or with --eval-only. args: stage 3's."""
     # -----------------------------------------------------------------------------------------------------------------
     # setup: the stage-3 wire, one frozen LLM, data
-    config_keys = ("receivers", *FIXED_BY_WIRE, "arguments.seed", "metrics.train_seconds")
-    saved = load_wire(args.eval_only or args.wire or SHIPPED, STAGE, config_keys, NEEDED)
+    saved = load_wire(args.eval_only or args.wire or SHIPPED, STAGE, WIRE)
     merge_with_saved(args, {key: CONFIG[key] for key in ("data", "stage2")}, saved)
     device, dtype = set_up(args)
     tensors, receivers = dict(saved.tensors), list(saved.config["receivers"])
@@ -296,7 +294,7 @@ def main(args) -> None:
         pooler = Pooler(reader.table.shape[1], unpacking.receiver.constant_rms.item()).to(device)
         wire = DirectWire(codec, unpacking.receiver, pooler, args.rate)
     pooler = wire.pooler
-    out = open_out(args.out)
+    out = open_out(args)
     print(f"pooler: {sum(p.numel() for p in pooler.parameters()):,} trained parameters", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------

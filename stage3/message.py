@@ -31,6 +31,9 @@ class IntegerPredictor:
         self.embedding, self.exponential = whole["embedding.weight"], tensors["exponential"].numpy()
         self.layers = [(whole[f"{n}.weight"].T, whole[f"{n}.bias"]) for n in ("hidden", "out")]
         self.vocabulary = len(self.embedding) - 1
+        e = self.exponential
+        if not len(e) or e[0] != e.max() or not 0 < e[0] <= 2**24 or e.min() < 0:  # 64 bits hold the sums of these
+            raise UserError("the wire's sender.predictor.exponential is not a table of exp: it cannot send")
 
     @classmethod
     def tensors(cls, predictor: nn.Module) -> dict[str, Tensor]:
@@ -128,7 +131,7 @@ class FromBits:
 MAGIC, VERSION = b"LW", 1
 MAX_TEXT = 1 << 16  # bytes: a receiver never allocates more, whatever a message claims
 CARRIES = ("prompt", "context")  # what a message can hold
-BROKEN = UserError("the message is not well formed, though its checksum fits: its sender is at fault")
+BROKEN = "the message is not well formed, though its checksum fits: its sender is at fault"
 
 
 @dataclass
@@ -182,7 +185,7 @@ def unpack(data: bytes, fingerprint: bytes) -> Message:
             if byte < 128:
                 break
         if not 0 < latents <= MAX_TEXT or at > len(data) - 4:
-            raise BROKEN
+            raise UserError(BROKEN)
     return Message(CARRIES[data[2] >> 7], latents, data[at:-4])
 
 
@@ -192,9 +195,9 @@ def inflate(data: bytes) -> bytes:
     try:
         raw = inflater.decompress(data, MAX_TEXT + 1)
     except zlib.error:
-        raise BROKEN from None
+        raise UserError(BROKEN) from None
     if not inflater.eof or inflater.unused_data:
-        raise BROKEN
+        raise UserError(BROKEN)
     return raw
 
 

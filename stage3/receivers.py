@@ -6,11 +6,20 @@ from torch import Tensor
 
 from common import PCA, Reader
 from kernels.adapter import project
+from plumbing.kinds import COUNT, NUMBER, TEXT, one_of
 from plumbing.launch import UserError
-from plumbing.wires import load_module, load_wire
-from stage1_pca_adapter import Adapter
+from plumbing.wires import check_shapes, load_module, load_wire
+from stage1_pca_adapter import ADAPTERS, Adapter
+from stage2_encoder import WIRE as STAGE2_WIRE
 from stage2_encoder import Encoder
 from stage2_encoder import Wire as Stage2Wire
+
+# what config.json holds for each LLM; direct: only if it has a pooler
+RECEIVER = {
+    "model": TEXT, "fingerprint": TEXT, "prefix": TEXT, "adapter": one_of(*ADAPTERS), "code_dim": COUNT,
+    "stage2": TEXT,
+    "direct?": {"rate": NUMBER, "steps": COUNT, "train_seconds": NUMBER},
+}  # fmt: skip
 
 
 def add_receivers(names: list[str], tensors: dict[str, Tensor], receivers: list[dict]) -> tuple[list[dict], list[str]]:
@@ -20,8 +29,7 @@ def add_receivers(names: list[str], tensors: dict[str, Tensor], receivers: list[
     """
     new, digests = [], []
     for name in names:
-        needed = ("mean", "components", "prefix_codes", "target_rms")
-        wire = load_wire(name, "stage2", ("adapter", "code_dim"), needed)
+        wire = load_wire(name, "stage2", STAGE2_WIRE)
         if any(entry["fingerprint"] == wire.config["fingerprint"] for entry in receivers):
             raise UserError(f"--stage2 {name}: there is a receiver for {wire.config['model']} already")
         entry = {key: wire.config[key] for key in ("model", "fingerprint", "adapter", "code_dim")}
@@ -38,8 +46,9 @@ def entry_of(receivers: list[dict], reader: Reader, wire: str) -> dict:
     for entry in receivers:
         if entry["fingerprint"] == reader.fingerprint:
             return entry
-    names = ", ".join(entry["model"] for entry in receivers)
-    raise UserError(f"{wire} has no receiver for {reader.name}, only for {names}: train a stage-2 wire for it")
+    names = ", ".join(f"{entry['model']} ({entry['fingerprint']})" for entry in receivers)
+    mine = f"{reader.name} ({reader.fingerprint})"
+    raise UserError(f"{wire} has no receiver for {mine}, only for {names}: train a stage-2 wire for it")
 
 
 def load_receiver(tensors: dict[str, Tensor], entry: dict, reader: Reader, wire: str) -> Stage2Wire:
@@ -47,6 +56,7 @@ def load_receiver(tensors: dict[str, Tensor], entry: dict, reader: Reader, wire:
     prefix = entry["prefix"]
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     vocabulary, d = reader.table.shape
+    check_shapes(f"{wire}: {prefix}", own, STAGE2_WIRE.tensors, d=d, k=entry["code_dim"])
     mean, components = own["mean"].to(reader.device), own["components"].to(reader.device)
     table_codes = project(reader.table, mean, components).to(torch.float16).float()
     pca, ones = PCA(mean, components, torch.ones(d)), torch.ones(vocabulary, device=reader.device)

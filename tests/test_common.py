@@ -211,6 +211,6 @@ def test_much_padding_changes_nothing(reader):
 
 def test_byte_baselines(reader):
     texts = ["aaaa" * 10, string.ascii_letters]
-    baselines = common.byte_baselines(reader, texts, [[1] * 7, [2] * 8])  # V = 1024: 10 bits a token
-    assert baselines["text_bytes"] == (40 + 52) / 2 and baselines["packed_token_bytes"] == (9 + 10) / 2
+    baselines = common.byte_baselines(reader, texts, [[1] * 7, [2] * 8])  # V = 4096: 12 bits a token
+    assert baselines["text_bytes"] == (40 + 52) / 2 and baselines["packed_token_bytes"] == (11 + 12) / 2
     assert baselines["zlib_bytes"] < 46

@@ -22,7 +22,7 @@ from tiny import world
 @pytest.fixture(scope="module")
 def direct(codec):
     """A direct receiver for tiny with a pooler that has not been trained: what does not stay is just gone."""
-    saved = load_wire(str(SHIPPED), "stage3", ("receivers",), stage3.NEEDED)
+    saved = load_wire(str(SHIPPED), "stage3", stage3.WIRE)
     reader = load_reader("tiny", CPU, torch.float32)
     receiver = load_receiver(saved.tensors, saved.config["receivers"][0], reader, "shipped")
     torch.manual_seed(0)

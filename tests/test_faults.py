@@ -1,5 +1,7 @@
 """Faults of machines and files: a run is killed, started twice, out of disk or memory; bits of its files flip."""
 
+import ast
+import errno
 import functools
 import json
 import multiprocessing
@@ -7,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,18 +20,18 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import CPU, HERE, QUICK, run_stage, succeed
+from conftest import CPU, HERE, LADDER, QUICK, ladder_flags, run_stage, stage0, stage2, stage3, succeed
 
 import common
 import plumbing.models
 import stage1_pca_adapter as stage1
 from plumbing.checkpoints import load_checkpoint, read_checkpoint, restore, save_checkpoint
 from plumbing.data import load_data
-from plumbing.launch import UserError, launch
+from plumbing.launch import Output, UserError, launch
 from plumbing.models import check_weights, free_memory, weight_bytes
 from plumbing.report import RESULT_KEYS
 from plumbing.training import Run
-from plumbing.wires import load_module, load_wire, save_wire
+from plumbing.wires import load_module
 
 FLAGS = ("--steps", "80", "--batch-size", "2", "--eval-examples", "2", "--code-dim", "8")
 SHIPPED = HERE / "tiny" / "wires" / "stage1"
@@ -204,7 +207,7 @@ def test_a_second_run_in_the_same_directory_is_refused(start, random_llm, tmp_pa
     assert second.code == 2 and "another run is writing there" in second.stderr
     process.kill()
     process.join()
-    succeed(stage1, "--model", random_llm, *QUICK, "--out", out)  # a killed run locks nobody out
+    succeed(stage1, "--model", random_llm, *QUICK, "--out", out, "--overwrite")  # a killed run locks nobody out
     assert not (out / ".lock").exists()
 
 
@@ -408,50 +411,87 @@ def test_a_checkpoint_of_another_stage_or_with_nan_is_refused(saved_checkpoint):
             load_checkpoint(path, IDENTITY)
 
 
-@pytest.mark.parametrize("wire", sorted(path.name for path in (HERE / "tiny" / "wires").iterdir()))
-def test_a_damaged_wire_is_refused(wire, tmp_path):
-    stage = wire.split("-")[0]
-    folder = shutil.copytree(HERE / "tiny" / "wires" / wire, tmp_path / "wire")
-    load_wire(str(folder), stage, (), ())
-    for data in damages((folder / "wire.safetensors").read_bytes(), 20):
-        (folder / "wire.safetensors").write_bytes(data)
-        with pytest.raises(UserError):
-            load_wire(str(folder), stage, (), ())
-
-
-@pytest.mark.parametrize(
-    ("change", "is_"),
-    (
-        (lambda tensors, name: tensors.update({name: tensors[name].double()}), "[1024, 24] float64"),
-        (lambda tensors, name: tensors.update({name: tensors[name][:, 1:].contiguous()}), "[1024, 23] float32"),
-        (lambda tensors, name: tensors.pop(name), "not there"),
-    ),
-    ids=("another dtype", "narrower", "missing"),
-)
-def test_a_tensor_of_a_wire_that_does_not_fit_is_named(change, is_, tmp_path):
-    tensors = safetensors.torch.load_file(SHIPPED / "wire.safetensors")
-    config = json.loads((SHIPPED / "config.json").read_text())
-    change(tensors, "adapter.keys")
-    save_wire(tmp_path, tensors, config)
-    run = run_stage(stage1, "--eval-only", tmp_path, "--smoke", "--out", tmp_path / "out")
-    expected = f"adapter.keys in wire.safetensors is {is_}, and with its config.json should be [1024, 24] float32"
-    assert run.code == 2 and expected in run.stderr and run.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_tensor_that_a_wire_does_not_know_is_named(tmp_path):
     with pytest.raises(UserError, match=r"x\.more in wire.safetensors is \[2\] int64, .* should be not there"):
         tensors = {"x.weight": torch.zeros(1, 1), "x.bias": torch.zeros(1), "x.more": torch.arange(2)}
         load_module(torch.nn.Linear(1, 1), "x.", tensors, "wire")
 
 
-def test_a_wire_with_nan_is_refused(tmp_path):
-    tensors = safetensors.torch.load_file(SHIPPED / "wire.safetensors")
-    config = json.loads((SHIPPED / "config.json").read_text())
-    tensors["mean"][3] = float("nan")
-    save_wire(tmp_path, tensors, config)
-    with pytest.raises(UserError, match="mean in wire.safetensors holds NaN or infinity"):
-        load_wire(str(tmp_path), "stage1", (), ())
+# --- streams and disks that are not there
+
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs a shell of POSIX")
+
+
+def in_shell(command: str, module, *flags) -> subprocess.CompletedProcess:
+    """A stage in a process of its own; `command` is a line for the shell, in which "$@" starts it."""
+    whole = ["sh", "-c", command, "sh", sys.executable, module.__file__, *map(str, flags)]
+    return subprocess.run(whole, cwd=HERE, capture_output=True, text=True)
+
+
+@POSIX
+@pytest.mark.parametrize("command", ('"$@" >&-', '"$@" | head -1', '"$@" > /dev/full', '"$@" <&- >&- 2>&-'))
+def test_a_run_goes_on_without_standard_output(command, random_llm, tmp_path):
+    done = in_shell(command, stage1, "--model", random_llm, *QUICK, "--out", tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") <= 1, done
+    assert json.loads((tmp_path / "config.json").read_text())["metrics"]["examples"] == 8
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("command", "flag", "words"),
+    (
+        ('"$@" >&-', "--send", "standard output is closed"),
+        ('"$@" > /dev/full', "--send", "No space left"),
+        ('"$@" <&-', "--receive", "standard input is closed"),
+    ),
+)
+def test_a_message_that_cannot_be_written_or_read_is_one_line(command, flag, words, ladder):
+    flags = {"--send": ("--send", "Ada.", "--question", "Who?"), "--receive": ("--receive", "-")}[flag]
+    done = in_shell(command, stage3, *flags, "--wire", ladder / "stage3")
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done
+
+
+def test_output_outlives_its_reader():
+    read, write = os.pipe()
+    output = Output(open(write, "w"))
+    print("read", file=output, flush=True)
+    os.close(read)
+    for _ in range(3):
+        print("not read", file=output, flush=True)
+    output.close()
+
+
+@POSIX
+def test_ctrl_c_during_the_imports_is_one_line():
+    code = "import plumbing.early, os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == "interrupted before the run began\n"
+
+
+@pytest.mark.parametrize("module", (stage0, stage1, stage2, stage3))
+def test_a_stage_imports_first_what_tells_of_ctrl_c(module):
+    statements = ast.parse(Path(module.__file__).read_text()).body
+    first = next(part for part in statements if isinstance(part, (ast.Import, ast.ImportFrom)))
+    assert ast.unparse(first) == "import plumbing.early"
+
+
+@pytest.mark.parametrize("fault", ("full", "not a directory"))
+@pytest.mark.parametrize("stage", LADDER)
+def test_where_nothing_can_be_written_every_stage_ends_in_one_line(
+    stage, fault, random_llm, ladder, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    module, flags = ladder_flags(random_llm, ladder)[stage]
+    if fault == "full":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        (tmp_path / "out").write_text("a file")
+    run = run_stage(module, *flags, *QUICK, "--out", tmp_path / "out")
+    assert run.code == 2 and run.stderr.count("\n") == 1 and str(tmp_path / "out") in run.stderr, run.stderr
+    assert fault != "full" or list((tmp_path / "out").iterdir()) == []
 
 
 # --- data files
@@ -563,3 +603,34 @@ def test_rows_from_the_disk_are_the_rows_of_the_file(tmp_path):
     path.write_text("something else")
     with pytest.raises(UserError, match="at byte"):
         data.train[0]
+
+
+LONG = json.dumps({"context": "A firm sells olive oil. " * 100_000, "question": "What?", "answers": ["oil"]})
+SHORT = [json.dumps({"context": f"{i} sells oil.", "question": "What?", "answers": ["oil"]}) for i in range(40)]
+DATA_FILES = {  # name -> (content, whether questions or text are in it)
+    "a.json": (squad_of([json.loads(row) for row in SHORT]), "qa"),
+    "A.JSONL": ("\n".join(SHORT), "qa"),
+    "long.jsonl": ("\n".join([*SHORT, *[LONG.replace("A firm", f"{i} firms", 1) for i in range(4)]]), "qa"),
+    "a.txt": ("Ada lives in Paris, and her aunt in Rome. " * 400, "text"),
+    "special.txt": ("<s></s>" * 4000, None),
+    "digits.json": ('{"data": ' + "9" * 5000 + "}", None),
+    "digits.jsonl": ("9" * 5000, None),
+    "question.jsonl": ("\n".join([*SHORT, json.dumps(json.loads(SHORT[0]) | {"question": "What? " * 9999})]), None),
+    "null.json": ("null", None),
+    "table.csv": ("a,b", None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATA_FILES)
+@pytest.mark.parametrize("stage", LADDER)
+def test_every_kind_of_data_file_in_every_stage(stage, name, random_llm, ladder, tmp_path, no_picture):
+    content, kind = DATA_FILES[name]
+    (tmp_path / name).write_text(content)
+    module, flags = ladder_flags(random_llm, ladder)[stage]
+    started = time.monotonic()
+    run = run_stage(module, *flags, *QUICK, "--data", tmp_path / name, "--out", tmp_path / "out")
+    assert time.monotonic() - started < 60
+    reads = kind == "qa" or kind == "text" and stage not in ("stage0", "direct")  # which need questions
+    assert run.code == (0 if reads else 2), run.stderr
+    assert reads or run.stderr.count("\n") == 1 and not (tmp_path / "out" / "wire.safetensors").exists()

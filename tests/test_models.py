@@ -26,7 +26,7 @@ from plumbing.launch import UserError
 from plumbing.models import check_embeddings, checkpoint_layers, weight_bytes
 from plumbing.spelling import tokenize
 
-V = 2064  # more than either tokenizer knows: real models pad their tables
+V = 4112  # more than either tokenizer knows: real models pad their tables
 SMALL = dict(
     vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=None,
@@ -295,7 +295,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     config = transformers.LlamaConfig(**{**SMALL, "vocab_size": 500})
     directory = save_random_llm(tmp_path / "llm", config, HERE / "tiny" / "tiny-llama")
     run = run_stage(stage1, "--model", directory, "--smoke", "--out", tmp_path / "out")
-    assert run.code == 2 and "its tokenizer has 1024 tokens and its embeddings 500" in run.stderr
+    assert run.code == 2 and "its tokenizer has 4096 tokens and its embeddings 500" in run.stderr
 
 
 def test_checkpointing_changes_no_gradient(llm):
@@ -417,8 +417,6 @@ def test_weights_in_8_bits_stay_so_and_go_through_every_stage(tmp_path):
     assert 0.99 < torch.cosine_similarity(*gradients, dim=0) < 1
     held = sum(tensor.numel() * tensor.element_size() for tensor in reader.model.state_dict().values())
     assert weight_bytes(llm, torch.float32)[0] == pytest.approx(held, rel=0.01)
-    run = run_stage(stage1, "--model", whole, "--dry-run", "--micro-batch-size", "1", "--dtype", "float32")
-    assert run.result["weights_in_bits"]["8"] == pytest.approx(held, rel=0.01)
     run_the_stages(llm, tmp_path)
     again = load_reader(str(llm), CPU, torch.float32)
     assert again.fingerprint == reader.fingerprint

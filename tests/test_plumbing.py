@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, HERE, SHARED, need
+from conftest import CPU, SHARED, need
 
 import common
 from plumbing import checkpoints, data
@@ -19,7 +20,6 @@ from plumbing.data import Data, fetch_squad, load_data
 from plumbing.launch import UserError
 from plumbing.report import RESULT_KEYS, draw_report, score_rows
 from plumbing.training import MAY_CHANGE, Run, identity
-from plumbing.wires import load_wire
 from tiny import world
 
 ROWS = world.make_examples("test", 12)
@@ -100,11 +100,17 @@ BAD_FILES = {
     "short.txt": (b"hello", "at least"),
     "deep.json": (b"[" * 100_000, "nested"),
     "deep.jsonl": (b"[" * 100_000, "line 1"),
-    "half.jsonl": (b'{"context":"\\ud83d","question":"q","answers":["a"]}\n', "line 1: half a surrogate"),
+    "half.jsonl": (b'{"context":"\\ud83d","question":"q","answers":["a"]}\n', "line 1: context is .* Unicode text"),
     "half.json": (
         b'{"data":[{"paragraphs":[{"context":"\\ud83d","qas":[{"question":"q","answers":[{"text":"a"}]}]}]}]}',
-        "half a surrogate",
+        "data.0.paragraphs.0.context is .* Unicode text",
     ),
+    "digits.json": (b'{"data": [' + b"9" * 5000 + b"]}", "a number has thousands of digits"),
+    "digits.jsonl": (b'{"context":"c","question":"q","answers":[' + b"9" * 5000 + b"]}", "line 1: .* digits"),
+    "types.jsonl": (b'{"context":"c","question":"q","answers":["a", 5]}\n', "line 1: answers.1 is 5"),
+    "special.txt": (b"<s></s>" * 2000, "0 windows of 255 with text"),
+    "table.csv": (b"a,b", "a file of an unknown kind ..csv"),
+    "noending": (b"a,b", "its name has no ending"),
 }
 
 
@@ -115,6 +121,39 @@ def test_a_bad_file_is_one_clear_line(reader, tmp_path, name):
     with pytest.raises(UserError, match=expected) as caught:
         load_data(path, reader, 10)
     assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_called_what_it_is(reader, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    (tmp_path / "folder.json").mkdir()
+    for name, words in (
+        ("pipe.jsonl", "a pipe or device"),
+        ("loop.txt", "symbolic links"),
+        ("folder.json", "a directory"),
+        ("nothing.json", "no such file"),
+        ("x" * 300, "name too long"),
+        ("zero\0byte.txt", "null byte"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_data(str(tmp_path / name), reader, 10)
+
+
+def test_a_name_in_upper_case_is_the_same_kind_of_file(reader, tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in world.make_examples("train", 40))
+    assert load_data(write(tmp_path / "A.JSONL", lines), reader, 10).kind == "qa"
+    assert load_data(write(tmp_path / "A.TXT", lines * 20), reader, 10).kind == "text"
+
+
+def test_of_a_row_of_megabytes_no_more_is_tokenised_than_a_context_can_hold(reader, monkeypatch):
+    tokenized = []
+    monkeypatch.setattr(common, "tokenize", lambda reader, text: tokenized.append(len(text)) or [0] * len(text))
+    passage = "A firm sells olive oil. " * 500_000
+    prompt = common.make_prompt(reader, passage, "What is sold?")
+    assert prompt.truncated and passage.startswith(prompt.context) and max(tokenized) < 2 * 16 * reader.context_tokens
+    with pytest.raises(UserError, match="a question of 12000000 characters"):
+        common.make_prompt(reader, "", passage)
+    assert max(tokenized) < 2 * 16 * reader.context_tokens
 
 
 def test_squad_is_fetched_once_checked_and_never_half_kept(tmp_path, monkeypatch):
@@ -174,26 +213,6 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoints.os, name, lambda *a, n=name, f=original: (done.append(n), f(*a)))
     checkpoints.write_atomically(path, b"whole")
     assert done == ["fsync", "replace"] and path.read_bytes() == b"whole"
-
-
-@pytest.mark.parametrize(
-    "key", ("fingerprint", "arguments.seed", "controls.explained_variance", "metrics.train_seconds")
-)
-def test_a_wire_whose_config_lacks_something_is_refused(key, tmp_path):
-    shipped = HERE / "tiny" / "wires" / "stage1"
-    config = json.loads((shipped / "config.json").read_text())
-    required = ("controls.explained_variance", "metrics.train_seconds")
-    (tmp_path / "wire.safetensors").write_bytes((shipped / "wire.safetensors").read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_wire(str(tmp_path), "stage1", required, ("mean",)).config == config
-    inside = config
-    *path, last = key.split(".")
-    for part in path:
-        inside = inside[part]
-    del inside[last]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"lacks {key}"):
-        load_wire(str(tmp_path), "stage1", required, ("mean",))
 
 
 # --- Run: everything around a training step
@@ -484,7 +503,7 @@ def test_the_picture_shows_every_loss_and_the_controls_that_matter(kind, positio
     if kind == "qa":
         metrics |= dict.fromkeys(("text_f1", "f1", "no_context_f1", "truncated_f1"), 50.0)  # and nothing to shuffle
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    history = [{"step": step, "lr": 1.0, "loss_ce": 1.0 + step % 2, "loss_kd": 0.0} for step in range(1, 41)]
+    history = [{"step": step, "lr": 1.0, "loss_ce": 1.0 + step % 2, "loss_mse": 0.0} for step in range(1, 41)]
     _, bars, unit = score_rows(metrics, {"before training": 3.0})
     draw_report(tmp_path / "report.png", history, "a run", bars, unit, metrics)
     figure = plt.gcf()

@@ -17,6 +17,7 @@ import stage1_pca_adapter as stage1
 from common import Prompt, fit_pca, load_reader, token_counts
 from plumbing.data import load_data
 from plumbing.report import RESULT_KEYS
+from plumbing.wires import save_wire
 
 RUN_FILES = {"wire.safetensors", "config.json", "metrics.jsonl", "samples.md", "report.png", "checkpoint.safetensors"}
 
@@ -30,7 +31,7 @@ def test_smoke_run_ends_with_a_table_and_the_contract_json(model, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == RUN_FILES
     result = run.result
     assert list(result) == RESULT_KEYS
-    assert result["f1"] >= 90 and result["text_f1"] >= 90  # 12 steps on 40 rows: the codebook starts close
+    assert result["text_f1"] >= 60 and result["f1"] >= 10  # 40 rows; after 12 steps, not far from the PCA inverse
     assert result["no_context_f1"] < 25 and result["shuffled_f1"] < 25
     assert result["truncated_f1"] == result["text_f1"]  # stage 1 has as many positions as the text
     # count + L codes of d/8 float16 numbers, and nothing else
@@ -49,7 +50,7 @@ def test_the_picture_has_every_control(random_llm, tmp_path, monkeypatch):
     monkeypatch.setattr(plumbing.report, "draw_report", picture)
     succeed(stage1, *QUICK, "--model", random_llm, "--code-dim", "8", "--out", tmp_path)
     _, history, _, bars, _, _ = picture.call_args.args
-    names = {"before training": "untrained", "PCA inverse": "pca_inverse", "identity": "identity"}
+    names = {"PCA inverse": "pca_inverse", "identity": "identity"}
     assert list(bars) == ["text", "wire", *names, "no context", "shuffled"] and len(history) == 4
     controls = json.loads((tmp_path / "config.json").read_text())["controls"]
     assert all(bars[name] == pytest.approx(controls[key], rel=1e-5) for name, key in names.items())
@@ -82,17 +83,17 @@ def parts():
     return reader, data, counts
 
 
-@pytest.mark.parametrize("rms", ["constant", "sent"])
-def test_the_receiver_uses_the_message_and_nothing_else(parts, rms):
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_receiver_uses_the_message_and_nothing_else(parts, exact):
     reader, _, counts = parts
     pca = fit_pca(reader.table, counts).first(24)
-    wire = stage1.Wire(reader, pca, rms, torch.tensor(0.05))
+    wire = stage1.Wire(reader, pca, torch.tensor(0.05), exact)
     wire.adapter = stage1.Adapter("linear", pca, reader, wire.codes, counts)
     ids = [5, 300, 7, 7, 1000]
     message = wire.send(Prompt("", ids, False))
-    assert len(message) == 4 + 5 * 24 * 2 + (5 * 2 if rms == "sent" else 0)
+    assert len(message) == 4 + (5 * (24 + 1) * 4 if exact else 5 * 24 * 2)
     received = wire.receive(message)
-    target = reader.table[ids].square().mean(1).sqrt() if rms == "sent" else torch.full((5,), 0.05)
+    target = reader.table[ids].square().mean(1).sqrt() if exact else torch.full((5,), 0.05)
     torch.testing.assert_close(received.square().mean(1).sqrt(), target, rtol=2e-3, atol=0)
     torch.testing.assert_close(received, wire.adapter(wire.codes[ids], wire.target_rms(torch.tensor(ids))))
     wire.codes, wire.rms = wire.codes * 0, wire.rms * 0  # a receiver that peeks at the sender's tables would change
@@ -102,9 +103,9 @@ def test_the_receiver_uses_the_message_and_nothing_else(parts, rms):
 def test_the_identity_wire_rebuilds_the_embeddings(parts):
     reader, _, counts = parts
     full = fit_pca(reader.table, counts)
-    wire = stage1.Wire(reader, full, "sent", torch.tensor(1.0), code_format="<f4")
+    wire = stage1.Wire(reader, full, torch.tensor(1.0), exact=True)
     wire.adapter = stage1.Adapter("linear", full, reader, wire.codes, counts)
-    ids = list(range(0, 1024, 3))
+    ids = list(range(0, 4096, 3))
     rebuilt = wire.receive(wire.send(Prompt("", ids, False)))
     torch.testing.assert_close(rebuilt, reader.table[ids], atol=1e-6, rtol=1e-4)
 
@@ -113,11 +114,28 @@ def test_the_identity_control_of_a_run_is_such_a_wire(random_llm, tmp_path, monk
     scored, score_wire = [], stage1.score_wire
     monkeypatch.setattr(stage1, "score_wire", lambda wire, *args: scored.append(wire) or score_wire(wire, *args))
     succeed(stage1, *QUICK, "--model", random_llm, "--code-dim", "8", "--out", tmp_path)
-    assert [wire.width for wire in scored] == [8, 8, 32]  # PCA inverse, untrained codebook, identity
-    assert [wire.adapter.kind for wire in scored] == ["linear", "codebook", "linear"]
-    ids = list(range(0, 1024, 3))
+    assert [wire.width for wire in scored] == [8, 32]  # the PCA inverse and the identity wire
+    assert [wire.adapter.kind for wire in scored] == ["linear", "linear"]
+    ids = list(range(0, 4096, 3))
     rebuilt = scored[-1].receive(scored[-1].send(Prompt("", ids, False)))
     torch.testing.assert_close(rebuilt, scored[-1].reader.table[ids], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", (24, 10))
+def test_a_first_look_in_bfloat16_loses_no_token(parts, k, monkeypatch):
+    monkeypatch.setattr(stage1, "SMALL", 0)
+    reader, _, counts = parts
+    pca = fit_pca(reader.table, counts).first(k)
+    wire = stage1.Wire(reader, pca, torch.tensor(0.05))
+    adapter = stage1.Adapter("codebook", pca, reader, wire.codes, counts)
+    torch.manual_seed(0)
+    z = wire.codes[counts.topk(40).indices] / adapter.code_scale
+    for noise in (0.0, 0.5, 2.0):
+        near = z + noise * torch.randn_like(z)
+        adapter.table = reader.table
+        wanted = adapter.blended(near)
+        adapter.table = reader.table.to(torch.bfloat16)
+        assert len(wanted) < len(reader.table) and torch.equal(adapter.blended(near), wanted)
 
 
 @pytest.mark.parametrize("k", (24, 10))
@@ -126,7 +144,7 @@ def test_the_tokens_of_a_large_vocabulary_that_matter_are_all_that_matters(parts
     """Above SMALL tokens a codebook blends those with a weight: the same embeddings, the same gradients."""
     reader, _, counts = parts
     pca = fit_pca(reader.table, counts).first(k)
-    wire = stage1.Wire(reader, pca, "constant", torch.tensor(0.05))
+    wire = stage1.Wire(reader, pca, torch.tensor(0.05))
     adapter = stage1.Adapter("codebook", pca, reader, wire.codes, counts)
     torch.manual_seed(0)
     codes = wire.codes[counts.topk(40).indices]
@@ -140,7 +158,7 @@ def test_the_tokens_of_a_large_vocabulary_that_matter_are_all_that_matters(parts
         adapter.zero_grad()
         (outputs[-1] * direction).sum().backward()
         gradients.append([p.grad.clone() for p in adapter.parameters()])
-    assert tokens[0] == 1024 and 40 <= tokens[1] < 1024
+    assert tokens[0] == 4096 and 40 <= tokens[1] < 4096
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-6)
     assert adapter(codes * math.nan, torch.tensor(0.05)).isnan().all()  # not the embeddings of nothing
     for whole, chosen in zip(*gradients, strict=True):
@@ -152,7 +170,7 @@ def test_the_tokens_of_a_large_vocabulary_that_matter_are_all_that_matters(parts
 def test_every_adapter_starts_at_the_pca_and_every_parameter_learns(parts, kind):
     reader, _, counts = parts
     pca = fit_pca(reader.table, counts).first(24)
-    wire = stage1.Wire(reader, pca, "constant", torch.tensor(0.05))
+    wire = stage1.Wire(reader, pca, torch.tensor(0.05))
     inverse = stage1.Adapter("linear", pca, reader, wire.codes, counts)
     adapter = stage1.Adapter(kind, pca, reader, wire.codes, counts)
     ids = counts.topk(50).indices
@@ -179,8 +197,8 @@ def test_real_pretrained_weights_on_text(tmp_path):
     model = need(SHARED / "models" / "stories260k")
     text = need(SHARED / "data" / "text" / "tinystories_sample.txt").read_text()[:30_000]
     (tmp_path / "stories.txt").write_text(text)
-    flags = ("--model", model, "--data", tmp_path / "stories.txt", "--code-dim", "8", "--steps", "4")
-    result = succeed(stage1, *flags, "--batch-size", "4", "--out", tmp_path / "out").result
+    flags = ("--model", model, "--data", tmp_path / "stories.txt", "--code-dim", "8", "--steps", "300")
+    result = succeed(stage1, *flags, "--out", tmp_path / "out").result
     assert result["f1"] is None and result["retention"] is None
     assert 1.5 < result["nll_text"] < 2.5 and result["nll_text"] < result["nll_wire"] < 4
     assert result["positions"] == result["text_positions"] > 100
@@ -227,7 +245,6 @@ REFUSED = [
     (("--lr", "nan"), "--lr"),
     (("--lr", "1e38"), "diverges"),
     (("--seed", "1.5"), "--seed"),
-    (("--kd-weight", "-1"), "--kd-weight"),
     (("--adapter", "pca"), "--adapter"),
     (("--ste", "3"), "--ste"),
     (("--frobnicate",), "--frobnicate"),
@@ -236,7 +253,7 @@ REFUSED = [
     (("--eval-only", "tests"), "not a trained wire"),
     (("--eval-only", "tiny/wires/stage1", "--model", "tiny-qwen"), "--model tiny"),
     (("--eval-only", "tiny/wires/stage1", "--code-dim", "12"), "--code-dim 24"),
-    (("--eval-only", "tiny/wires/stage1", "--adapter", "linear"), "--adapter codebook"),
+    (("--eval-only", "tiny/wires/stage1", "--adapter", "linear"), "--adapter mlp"),
 ]
 
 
@@ -316,7 +333,7 @@ def test_a_wire_of_another_llm_is_refused(random_llm, ladder, tmp_path):
     shutil.copytree(ladder / "stage1", tmp_path / "wire")
     config = json.loads((tmp_path / "wire" / "config.json").read_text())
     config["model"] = str(save_random_llm(tmp_path / "b", _other_config(random_llm), random_llm))
-    (tmp_path / "wire" / "config.json").write_text(json.dumps(config))
+    save_wire(tmp_path / "wire", safetensors.torch.load_file(tmp_path / "wire" / "wire.safetensors"), config)
     run = run_stage(stage1, "--eval-only", tmp_path / "wire", "--out", tmp_path / "out")
     assert_refused(run, "trained for another LLM", tmp_path / "out")
 
@@ -343,7 +360,7 @@ def test_out_of_memory_suggests_smaller_micro_batches(random_llm, tmp_path, monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(stage1, "answer_logits", answer_logits)
-    run = run_stage(stage1, *QUICK, "--model", random_llm, "--out", tmp_path / "out")
+    run = run_stage(stage1, *QUICK, "--llm-steps", "1", "--model", random_llm, "--out", tmp_path / "out")
     assert run.code == 2 and "--micro-batch-size" in run.stderr and run.stderr.count("\n") == 1
 
 

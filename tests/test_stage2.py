@@ -40,7 +40,7 @@ def wire():
     torch.manual_seed(0)
     codes = torch.randn(len(reader.table), 24)
     pca = PCA(torch.zeros(192), torch.zeros(192, 24), torch.ones(192))
-    adapter = stage2.Adapter("codebook", pca, reader, codes, torch.ones(1024))
+    adapter = stage2.Adapter("codebook", pca, reader, codes, torch.ones(4096))
     return stage2.Wire(reader, stage2.Encoder(24).eval(), adapter, codes[[1]], torch.tensor(0.1))
 
 
@@ -152,14 +152,28 @@ def test_text_that_is_no_text_is_refused_in_one_line(wire):
 def test_padding_and_distant_text_change_nothing(wire):
     """A byte sees REACH neighbours: the middle of a text 10 times as long is encoded as it is alone."""
     text = "Pergalan sells olive oil to the town of Stelvidan. "
-    alone, features = wire.encoder(to_bytes([text], CPU))
-    together, padded = wire.encoder(to_bytes([text, text * 3], CPU))
-    torch.testing.assert_close(padded[0, : len(text)], features[0])
-    long, _ = wire.encoder(to_bytes([text * 10], CPU))
+    alone, together = wire.encoder(to_bytes([text], CPU)), wire.encoder(to_bytes([text, text * 3], CPU))
+    torch.testing.assert_close(together[0, : len(text)], alone[0])
+    long = wire.encoder(to_bytes([text * 10], CPU))
     reach = stage2.REACH
     torch.testing.assert_close(long[0, reach : len(text)], together[1, reach : len(text)])
     middle = slice(4 * len(text), 5 * len(text))
     torch.testing.assert_close(long[0, middle], long[0, len(text) : 2 * len(text)], rtol=1e-4, atol=1e-4)
+
+
+def test_a_code_depends_on_the_last_bytes_of_its_token_and_on_nothing_else(wire):
+    def codes_of(*tokens: str) -> torch.Tensor:
+        data, lengths = to_bytes(["".join(tokens)], CPU), torch.tensor([len(token) for token in tokens])
+        is_end = torch.zeros(data.shape, dtype=torch.bool)
+        is_end[0, lengths.cumsum(0) - 1] = True
+        return wire.encoder.codes(data, is_end)  # [tokens,k]
+
+    olive = codes_of("olive")
+    torch.testing.assert_close(codes_of("Pergalan sells ", "olive", " oil")[1:2], olive)
+    long = "b" * stage2.LONGEST
+    torch.testing.assert_close(codes_of("a" + long), codes_of(long))
+    for other in ("olivE", "Olive", " olive", "live", "evilo"):
+        assert not torch.allclose(codes_of(other), olive, atol=1e-3)
 
 
 # --- splicing any number of positions in front of an answer
@@ -169,12 +183,12 @@ def test_texts_end_to_end_are_encoded_as_one_by_one(wire):
     data = to_bytes(["A short one", "A longer one, é, that goes on for a while", "x"], CPU)
     real = data < 256
     line, real_line = stage2.pack_texts(data, real)
-    assert line.shape == (1, real.sum() + 3 * stage2.REACH)
+    assert line.shape == (1, real.sum() + 3 * max(stage2.REACH, stage2.LONGEST))
     with torch.no_grad():
-        logits, features = wire.encoder(data)
-        line_logits, line_features = wire.encoder(line)
-    torch.testing.assert_close(line_logits[real_line], logits[real])
-    torch.testing.assert_close(line_features[real_line], features[real])
+        torch.testing.assert_close(wire.encoder(line)[real_line], wire.encoder(data)[real])
+        is_end = real & (torch.arange(data.shape[1]) % 3 == 0)  # the last bytes of each text have no end
+        (line_is_end,) = stage2.pack_texts(data, is_end)[1:]
+        torch.testing.assert_close(wire.encoder.codes(line, line_is_end), wire.encoder.codes(data, is_end))
 
 
 def test_splice_puts_the_answer_behind_whatever_was_received(wire):
@@ -207,7 +221,8 @@ def test_smoke_run_and_evaluation_of_what_it_trained(start, rows, examples, tmp_
     assert list(result) == RESULT_KEYS and result["stage"] == "stage2"
     assert result["wire_bytes"] == pytest.approx(4 + result["positions"] * 48)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["controls"]["boundary_f1"] > 50 and config["controls"]["true_codes"] > 90
+    assert config["controls"]["boundary_f1"] > 50
+    assert config["controls"]["true_codes"] > 0.9 * config["metrics"]["text_f1"]
     again = succeed(stage2, *flags, "--eval-only", tmp_path / "out", "--out", tmp_path / "again")
     for key in ("f1", "em", "nll_wire", "wire_bytes", "positions", "unique_answers"):
         assert again.result[key] == result[key]
@@ -225,7 +240,7 @@ def test_shipped_wire_reads_raw_bytes_as_the_text_is_read(wire_name, tmp_path):
 def test_a_text_that_the_tokens_do_not_spell_is_left_out_of_the_measurement(wire):
     good = {"context": "Sorlo owns a sledge.", "question": "How does Sorlo travel?"}
     odd = good | {"context": "Sorlo owns a \u2581."}  # the letter that this tokenizer writes for a space
-    codes = torch.randn(1024, 24)
+    codes = torch.randn(4096, 24)
     one = stage2.measure_encoder(wire, codes, [good])
     assert one["no_targets"] == 0
     assert stage2.measure_encoder(wire, codes, [odd, good]) == one | {"no_targets": 1}
@@ -261,7 +276,7 @@ def test_a_stage1_wire_that_does_not_fit_is_refused(tmp_path, random_llm):
         (("--model", "tiny-qwen", "--stage1", HERE / "tiny/wires/stage1"), "was trained for another LLM"),
         (("--stage1", tmp_path), "is not a trained wire"),
         (("--model", random_llm), "stage 2 starts from a stage-1 wire"),
-        (("--llm-steps", "-1"), "--llm-steps: must be 0 or more"),
+        (("--llm-steps", "-1"), "--llm-steps: must be a whole number of at least 0"),
     ):
         run = run_stage(stage2, *flags, "--out", tmp_path / "out")
         assert run.code == 2 and words in run.stderr and run.stderr.count("\n") == 1, run.stderr

@@ -21,7 +21,7 @@ from plumbing.hub import AutoModelForCausalLM, AutoTokenizer
 from plumbing.launch import UserError, launch
 from plumbing.report import RESULT_KEYS
 from plumbing.wires import load_wire
-from stage3.message import BROKEN, CARRIES, MAX_TEXT, FromBits, IntegerPredictor, to_bits
+from stage3.message import BROKEN, CARRIES, MAX_TEXT, FromBits, IntegerPredictor, inflate, to_bits
 from stage3.receivers import load_receiver
 from tiny import world
 
@@ -231,8 +231,8 @@ def test_mutated_messages_with_a_fitting_checksum_never_crash_or_grow(codec):
             outcomes.add("read")
         except UserError as refusal:
             outcomes.add(str(refusal))
-    assert {"read", str(BROKEN)} <= outcomes
-    assert all(outcome == "read" or "cut off" in outcome or outcome == str(BROKEN) for outcome in outcomes)
+    assert {"read", BROKEN} <= outcomes
+    assert all(outcome == "read" or "cut off" in outcome or outcome == BROKEN for outcome in outcomes)
     bomb = zlib.compress(b"a" * 10_000_000, 9)
     for body, flags in ((bomb, 65), (b"\xff\xff\x7f", 1), (b"\xff" * 40, 1), (b"\xff\xff\x03", 1), (b"\0", 1)):
         data = b"LW" + bytes([flags]) + codec.fingerprint + body
@@ -269,7 +269,7 @@ def test_the_sender_loads_no_llm(monkeypatch, capfdbinary):
 
 
 def test_each_receiver_is_the_stage2_wire_of_its_own_llm():
-    saved = load_wire(str(SHIPPED), "stage3", ("receivers",), stage3.NEEDED)
+    saved = load_wire(str(SHIPPED), "stage3", stage3.WIRE)
     for number, (name, stage2) in enumerate((("tiny", "stage2"), ("tiny-qwen", "stage2-qwen"))):
         reader, entry = load_reader(name, CPU, torch.float32), saved.config["receivers"][number]
         assert (entry["model"], entry["fingerprint"]) == (name, reader.fingerprint)
@@ -319,13 +319,23 @@ def test_wrong_uses_are_one_line(tmp_path, codec, random_llm):
         assert run.code == 2 and words in run.stderr and run.stderr.count("\n") == 1, (flags, run.stderr)
 
 
+def test_no_exception_is_shared_by_two_messages():
+    """A shared one keeps the frames, and with them the messages, of every time that it was raised."""
+    errors = []
+    for _ in range(2):
+        with pytest.raises(UserError, match="not well formed") as caught:
+            inflate(b"no deflated text")
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]
+
+
 def test_a_tampered_wire_is_refused(tmp_path):
     wire = shutil.copytree(SHIPPED, tmp_path / "wire")
     tensors = safetensors.torch.load_file(wire / "wire.safetensors")
     del tensors["sender.lengths"]
     safetensors.torch.save_file(tensors, wire / "wire.safetensors")
     run = run_stage(stage3, "--send", "x", "--question", "y", "--wire", wire)
-    assert run.code == 2 and "lacks sender.lengths" in run.stderr
+    assert run.code == 2 and "sender.lengths in wire.safetensors is not there" in run.stderr
 
 
 # --- training and evaluation

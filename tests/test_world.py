@@ -1,34 +1,47 @@
 """The embedded world and its two readers keep what the README promises of them."""
 
+import functools
+import json
+import random
 import re
+from collections import Counter
 from pathlib import Path
 
-import pretrain
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
-from tiny import world
+from tiny import facts, pretrain, values, world
 
 TINY = Path(world.__file__).parent
+NAMES = ("woman", "man", "surname", "town")
 SMALL = dict(num_hidden_layers=1, layer_types=["full_attention"], hidden_size=32)
 
 
-def invented(rows: list[dict]) -> set[str]:
-    """Capitalised words of these rows that the name grammar can produce."""
-    words = set()
-    for row in rows:
-        words |= set(re.findall(r"[A-Z][a-z]+", " ".join([row["context"], row["question"], *row["answers"]])))
-    ends = tuple(world.ENDS)
-    return {word for word in words if word.startswith(tuple(world.STARTS)) and word.endswith(ends)}
+def names_in(rows: list[dict]) -> set[str]:
+    """Names of the lists, and capitalised words that the grammar of names can produce."""
+    text = " ".join(" ".join([row["context"], row["question"], *row["answers"]]) for row in rows)
+    listed = {name for kind in NAMES for name in values.words()[kind]}
+    found = {name for name in listed if " " in name and name in text}
+    for word in set(re.findall(r"[A-Z][a-z]+", text)):
+        grammar = word.startswith(tuple(values.STARTS)) and word.endswith(tuple(values.ENDS))
+        if (word in listed or grammar) and word not in ordinary_words():  # Miss White, and white pills
+            found.add(word)
+    return found
 
 
-def test_splits_share_no_invented_name():
-    names = {split: invented(world.make_examples(split, 1500)) for split in world.SPLITS}
-    ordinary = {"Every", "For", "Dark"}  # words of the templates
-    names = {split: found - ordinary - set(world.MONTHS) for split, found in names.items()}
-    assert all(len(found) > 1000 for found in names.values())
+@functools.cache
+def ordinary_words() -> set[str]:
+    """Capitalised words of the templates, and of lists that have no split."""
+    kinds = [" ".join(items) for kind, items in values.words().items() if kind not in NAMES]
+    text = " ".join([(TINY / "scenes.txt").read_text(), (TINY / "relations.txt").read_text(), *kinds])
+    return {word.capitalize() for word in re.findall(r"[A-Za-z]+", text)} | set(values.MONTHS) | set(values.DAYS)
+
+
+def test_splits_share_no_name():
+    names = {split: names_in(world.make_examples(split, 1500, style="plain")) for split in values.SPLITS}
+    assert all(len(found) > 500 for found in names.values())
     assert not names["train"] & names["test"]
     assert not names["train"] & names["validation"]
     assert not names["test"] & names["validation"]
@@ -38,38 +51,94 @@ def test_passages_are_deterministic_and_say_their_answers():
     assert world.make_examples("test", 50) == world.make_examples("test", 50)
     assert world.make_example("test", 0, 7) == world.make_examples("test", 8)[7]
     assert world.make_example("test", 1, 7) != world.make_example("test", 0, 7)
-    for row in world.make_examples("test", 500):
-        assert 3 <= row["context"].count(".") <= 8
-        assert row["answers"][0] in row["context"]
+    for style in (None, *world.STYLES):
+        for row in world.make_examples("test", 300, style=style) + world.make_examples("test", 300, unseen=True):
+            assert row["answers"][0].lower() in row["context"].lower(), row
+            assert row["question"] and "{" not in row["context"] + row["question"] and "  " not in row["question"], row
 
 
-def test_passages_hold_distractors_and_answers_of_several_words():
-    rows = world.make_examples("test", 500)
-    assert sum(" " in row["answers"][0] for row in rows) > 50
-    subject_again, relation_again = 0, 0
-    for row in rows:
-        for _, _, _, statements, questions in world.RELATIONS:
-            patterns = [re.escape(q).replace(r"\{s\}", "(.+)") for q in questions]
-            asked = next(filter(None, (re.fullmatch(pattern, row["question"]) for pattern in patterns)), None)
-            if asked:
-                facts = row["context"].rstrip(".").split(". ")
-                subject_again += sum(re.search(rf"\b{asked[1]}\b", fact) is not None for fact in facts) > 1
-                forms = [re.escape(s.rstrip(".")).replace(r"\{s\}", ".+").replace(r"\{v\}", ".+") for s in statements]
-                relation_again += sum(any(re.fullmatch(form, fact) for form in forms) for fact in facts) > 1
-                break
-        else:
-            raise AssertionError(f"no relation asks {row['question']}")
-    # the shares that world.py's docstring states
-    assert 0.4 < subject_again / len(rows) < 0.5 and 0.8 < relation_again / len(rows) < 0.9
-    assert len(world.RELATIONS) >= 40 and len({r[0] for r in world.RELATIONS}) == len(world.RELATIONS)
-    for _, _, _, statements, questions in world.RELATIONS:
-        assert len(set(statements)) >= 3 and len(set(questions)) >= 3
-        assert all("{s}" in s and "{v}" in s for s in statements) and all("{s}" in q for q in questions)
+def relation_words(unseen: bool) -> set[tuple[str, str]]:
+    return {(relation.kind, relation.words[0]) for relation in facts.relations(unseen)}
+
+
+def test_a_fifth_of_relations_forms_and_scenes_is_held_out():
+    seen, unseen = relation_words(False), relation_words(True)
+    assert not seen & unseen and len(seen | unseen) > 300
+    assert len(unseen) / len(seen | unseen) > 1 / 6
+    assert len(facts.relations(True)) / (len(facts.relations(True)) + len(facts.relations(False))) > 1 / 6
+    assert len(world.scenes(True)) / (len(world.scenes(True)) + len(world.scenes(False))) >= 1 / 5
+    listed = [set(forms) for forms in (facts.VERB_FORMS, facts.NOUN_FORMS, facts.ADJECTIVE_FORMS, facts.PAIR_FORMS)]
+    held_out = [form for forms in listed for form in forms if form.startswith("*")]
+    assert len(held_out) / sum(map(len, listed)) >= 1 / 5
+
+
+def test_training_uses_nothing_that_is_held_out(monkeypatch):
+    drawn = Counter()
+    for name in ("verb_sentence", "noun_sentence", "adjective_sentence"):
+        speak = getattr(facts, name)
+
+        def spy(fact, form, rng, speak=speak):
+            drawn[f"{fact.relation.kind} {fact.relation.words[0]}"] += 1
+            drawn[f"form {form}"] += 1
+            return speak(fact, form, rng)
+
+        monkeypatch.setattr(facts, name, spy)
+    rng = random.Random(0)
+    for _ in range(1500):
+        world.make_facts(values.Maker(rng, "train"), False, 6)
+    training = set(drawn)
+    drawn.clear()
+    for _ in range(500):
+        world.make_facts(values.Maker(rng, "test"), True, 6)
+    starred = {"form pseudo_cleft", "form one_who", "form has_as", "form with"}
+    assert not training & starred and starred <= set(drawn)
+    assert not {f"{kind} {word}" for kind, word in relation_words(True)} & training
+    assert {key for key in drawn if not key.startswith("form")} <= {f"{k} {w}" for k, w in relation_words(True)}
+
+
+def test_passages_hold_distractors():
+    """Another subject with the asked relation, and another fact of the asked subject."""
+    rng, both, passages = random.Random(0), 0, 400
+    for _ in range(passages):
+        made = []
+        make_fact = world.make_fact
+
+        def spy(maker, relation, subject, fresh, made=made, make_fact=make_fact):
+            made.append((relation, subject.name))
+            return make_fact(maker, relation, subject, fresh)
+
+        world.make_fact = spy
+        try:
+            world.make_facts(values.Maker(rng, "test"), False, 6)
+        finally:
+            world.make_fact = make_fact
+        relations, subjects = Counter(r for r, _ in made), Counter(s for _, s in made)
+        both += any(relations[r] > 1 and subjects[s] > 1 for r, s in made)
+    assert both / passages > 0.95
+
+
+def test_questions_ask_for_every_argument():
+    maker = values.Maker(random.Random(0), "test")
+    give = next(r for r in facts.relations(False) if r.kind == "verb" and len(r.slots) == 3 and r.subject == "person")
+    fact = facts.make_fact(maker, give, facts.make_subject(maker, "person"), False)
+    answers = {answer for _, answer in facts.asked_of(fact, maker.rng)}
+    assert fact.subject.name in answers
+    for _, kind, text in fact.slots:
+        assert (text.split(" ")[0] if kind == "count" else text) in answers
 
 
 def test_unknown_split_is_refused():
     with pytest.raises(ValueError, match="train, validation, test"):
         world.make_example("dev", 0, 0)
+
+
+def test_everyday_rows_are_many_and_answered_by_their_passage():
+    rows = [json.loads(line) for line in (TINY / "everyday.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len({row["context"] for row in rows}) >= 100
+    assert len({(row["context"], row["question"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert row.keys() == {"context", "question", "answers"}
+        assert row["answers"] and all(answer in row["context"] for answer in row["answers"]), row
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen"])
@@ -99,7 +168,7 @@ def test_the_reader_is_trained_on_the_prompt_that_the_stages_use():
     assert pretrain.PROMPT == common.PROMPT
 
 
-def build_small(name: str):
+def build_small(name: str, real: pretrain.RealText, trained: Path | None, attention: str):
     """As `pretrain.build`, but a model of one layer, with the tokenizer of the shipped reader."""
     tokenizer = AutoTokenizer.from_pretrained(TINY / name)
     torch.manual_seed(0)
@@ -107,29 +176,53 @@ def build_small(name: str):
     return tokenizer, AutoModelForCausalLM.from_config(config)
 
 
+@pytest.fixture
+def real_text(tmp_path):
+    """A small SQuAD file and a small file of stories."""
+    context = "The bridge was built in 1850 by Ada Smith. It is 40 metres long. The town paid for it with a loan."
+    asked = [("Who built the bridge?", "Ada Smith"), ("How long is the bridge?", "40 metres")]
+    qas = [{"question": q, "answers": [{"text": a, "answer_start": context.index(a)}]} for q, a in asked]
+    squad, stories = tmp_path / "squad.json", tmp_path / "stories.txt"
+    squad.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": qas}]}]}), encoding="utf-8")
+    stories.write_text(
+        "Once a fox met a hen in a quiet wood near the river.\n\nThey had soup with onions.", encoding="utf-8"
+    )
+    return squad, stories
+
+
+def test_real_text_gives_questions_that_its_window_answers(real_text):
+    real, rng = pretrain.RealText(*real_text), random.Random(0)
+    for make in (real.questions, real.cloze):
+        for _ in range(50):
+            window, asked = make(rng)
+            assert asked and all(answer in window for _, answer in asked), (window, asked)
+
+
 @pytest.mark.parametrize("build", (build_small, pytest.param(pretrain.build, marks=pytest.mark.slow)))
-def test_interrupted_pretraining_ends_where_an_unbroken_one_does(build, tmp_path, monkeypatch):
+def test_interrupted_pretraining_ends_where_an_unbroken_one_does(build, tmp_path, monkeypatch, real_text):
     def pretrain_run(out, *flags):
-        monkeypatch.setattr(
-            "sys.argv", ["pretrain.py", "tiny-qwen", "--steps", "4", "--batch-size", "2", "--out", str(out), *flags]
-        )
+        sizes = ["--steps", "8", "--batch-tokens", "512", "--out", str(out)]
+        files = ["--squad", str(real_text[0]), "--stories", str(real_text[1])]
+        monkeypatch.setattr("sys.argv", ["pretrain.py", "tiny-qwen", *sizes, *files, *flags])
         pretrain.main()
 
     monkeypatch.setattr(pretrain, "build", build)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # a minute and a half a run
+    monkeypatch.setattr(pretrain, "POOL", 2)  # rows
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)  # pools
+    monkeypatch.setattr(pretrain, "COPY_POOLS", 1)
+    monkeypatch.setattr(pretrain, "FACT_POOLS", 1)  # every pool grows: copying, 2, 3, 4 facts
     pretrain_run(tmp_path / "whole")
-    save, saved = pretrain.save_atomically, []
+    save = pretrain.save_atomically
 
-    def save_twice(payload, path):
+    def save_once(payload, path):
         save(payload, path)
-        saved.append(payload["step"])
-        if len(saved) == 2:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "save_atomically", save_twice)
+    monkeypatch.setattr(pretrain, "save_atomically", save_once)
     with pytest.raises(KeyboardInterrupt):
         pretrain_run(tmp_path / "broken")
     monkeypatch.setattr(pretrain, "save_atomically", save)
     pretrain_run(tmp_path / "broken", "--resume")
     whole, broken = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "broken"))
-    assert saved == [1, 2]
     assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
