@@ -492,7 +492,8 @@ def main() -> None:
         rows = datas[0].train_rows(args.seed, step * args.batch_size, args.batch_size)
         texts = [sent_prompt(readers[0], row).plain for row in rows]
         # one text in eight is odd, so that the messages of odd texts are not much longer than the texts
-        texts = [odd_text(rng, text, readers[0]) if i % 8 == 7 else text for i, text in enumerate(texts)]
+        words = sorted({word for text in texts for word in text.split(" ")})
+        texts = [odd_text(rng, text, words, readers[0]) if i % 8 == 7 else text for i, text in enumerate(texts)]
         lists = codec.latents(texts)
         # the loss is a mean over the whole step, so that the micro-batch size changes nothing
         positions = sum(map(len, lists))

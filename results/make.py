@@ -309,10 +309,7 @@ def stage2_encoder() -> list[str]:
 def stage2_ablations() -> list[str]:
     left_out = {
         "tiny-seed0": "nothing",
-        "tiny-without-nothing": "nothing, at a learning rate of 1e-3",
         "tiny-without-code-target": "code target",
-        "tiny-without-llm-steps": "LLM steps",
-        "tiny-without-pca": "PCA",
     }
     columns = {"left out": lambda row: left_out[row["file"]], "F1": "{f1:.1f}"} | RETENTION | NLL | TOKENS | COMMAND
     return table(named(STAGE2, *left_out), columns)

@@ -69,11 +69,7 @@ def stage1(shared: str) -> dict[str, list[str]]:
 
 def stage2(shared: str) -> dict[str, list[str]]:
     runs = {f"{model}-seed{seed}": ["--model", model, "--seed", str(seed)] for seed in (0, 1, 2) for model in WIDTHS}
-    runs["tiny-without-pca"] = ["--model", "tiny", "--without", "pca"]
-    # through the LLM the default, 3e-3, diverges
-    runs["tiny-without-code-target"] = ["--model", "tiny", "--without", "code-target", "--lr", "1e-3"]
-    runs["tiny-without-nothing"] = ["--model", "tiny", "--lr", "1e-3"]  # beside it
-    runs["tiny-without-llm-steps"] = ["--model", "tiny", "--llm-steps", "0"]
+    runs["tiny-without-code-target"] = ["--model", "tiny", "--without", "code-target"]
     for model, wire in (("tiny", "stage2"), ("tiny-qwen", "stage2-qwen")):
         for data in TESTS:
             runs[f"{model}-{data}"] = ["--eval-only", f"tiny/wires/{wire}", "--data", data, "--eval-examples", "300"]

@@ -106,7 +106,7 @@ def ladder_flags(llm: Path, wires: Path) -> dict:
     return {
         "stage0": (stage0, (*on, "--smoke")),  # its linear probes are then fitted on 10 prompts, not on 1000
         "stage1": (stage1, (*on, "--code-dim", "8", "--adapter", "codebook", "--llm-steps", "2")),
-        "stage2": (stage2, (*on, "--stage1", wires / "stage1", "--llm-steps", "2")),
+        "stage2": (stage2, (*on, "--stage1", wires / "stage1")),
         "stage3": (stage3, ("--stage2", wires / "stage2")),
         "direct": (stage3, (*on, "--receiver", "direct", "--wire", wires / "stage3")),
     }

@@ -164,7 +164,7 @@ def run_the_stages(llm, tmp_path):
     controls = json.loads((tmp_path / "1" / "config.json").read_text())["controls"]
     assert controls["identity_same_answers"] == 3  # the identity wire reads as the text does
     assert abs(run.result["nll_wire"] - run.result["nll_text"]) < 1.0
-    succeed(stage2, *on, "--stage1", tmp_path / "1", "--llm-steps", "1", "--out", tmp_path / "2")
+    succeed(stage2, *on, "--stage1", tmp_path / "1", "--out", tmp_path / "2")
     joins = ("--eval-only", HERE / stage3.SHIPPED, "--stage2", tmp_path / "2", "--eval-examples", "3")
     succeed(stage3, *joins, "--out", tmp_path / "3")
     succeed(stage3, "--receiver", "direct", "--wire", tmp_path / "3", *on, "--out", tmp_path / "4")

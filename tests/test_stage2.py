@@ -67,7 +67,7 @@ def test_token_ends_spell_the_bytes(reader, text):
 def test_odd_text_is_text_that_the_tokenizer_spells(reader):
     prompt = "Pergalan is a firm. It sells olive oil.\nQuestion: What does Pergalan sell?\nAnswer:"
     rng = random.Random(0)
-    texts = [odd_text(rng, prompt, reader) for _ in range(200)]
+    texts = [odd_text(rng, prompt, prompt.split(" "), reader) for _ in range(200)]
     assert len(set(texts)) > 190 and any(not text.isascii() for text in texts)
     for text in texts:
         token_ends(reader, text)
@@ -276,7 +276,6 @@ def test_a_stage1_wire_that_does_not_fit_is_refused(tmp_path, random_llm):
         (("--model", "tiny-qwen", "--stage1", HERE / "tiny/wires/stage1"), "was trained for another LLM"),
         (("--stage1", tmp_path), "is not a trained wire"),
         (("--model", random_llm), "stage 2 starts from a stage-1 wire"),
-        (("--llm-steps", "-1"), "--llm-steps: must be a whole number of at least 0"),
     ):
         run = run_stage(stage2, *flags, "--out", tmp_path / "out")
         assert run.code == 2 and words in run.stderr and run.stderr.count("\n") == 1, run.stderr

@@ -206,7 +206,7 @@ def readers_of(random_llm: Path) -> dict[str, tuple]:
     """name -> (stage of a wire, module, flags) of every way to read a wire, whose directory follows."""
     on = ("--model", random_llm, "--eval-examples", "2", *ONE_STEP)
     return {stage: (stage, *evaluation_of(stage)) for stage in LADDER} | {
-        "stage 2 starts from it": ("stage1", stage2, (*on, "--llm-steps", "1", "--stage1")),
+        "stage 2 starts from it": ("stage1", stage2, (*on, "--stage1")),
         "stage 3 starts from it": ("stage2", stage3, ("--eval-examples", "2", *ONE_STEP, "--stage2")),
         "direct starts from it": ("stage3", stage3, (*on, "--receiver", "direct", "--wire")),
     }
