@@ -6,11 +6,12 @@
     message -> indices [M] -> text -> the encoder, codes [L,k] and adapter of this LLM -> frozen LLM       a receiver
                  bit-exact            stage 2: proven                                     the answer
 
-A latent is the index of a code that stage 2 has proven: a number of ten bits, most of them predictable from the latents
-before it. So this stage learns to predict them, and the target is known: the index that comes next. An arithmetic coder
-turns a prediction into bits, a likely index into few. The predictor looks at the last 8 indices, at the index that
-followed when the last 4, 2 and 1 of them stood in this message before (names come back), and at which indices the
-message has held at all. It is trained in floating point and used in integers, so that every machine predicts the same.
+A latent is the index of a code that stage 2 has proven: a number of twelve bits, most of them predictable from the
+latents before it. So this stage learns to predict them, and the target is known: the index that comes next. An
+arithmetic coder turns a prediction into bits, a likely index into few. The predictor looks at the last 8 indices, at
+the index that followed when the last 4, 2 and 1 of them stood in this message before (names come back), and at which
+indices the message has held at all. It is trained in floating point and used in integers, so that every machine
+predicts the same.
 
 A code whose token differs from the bytes it stands for is sent as those bytes. So any text arrives, bit for bit: two
 receivers lose nothing against one, whatever their tokenizers, and a third joins without training the sender again.

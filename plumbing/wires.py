@@ -129,7 +129,7 @@ def load_wire(name: str, stage: str, contents: Contents) -> SavedWire:
     check(config, EVERY_WIRE | contents.config, source)
     check_shapes(name, tensors, contents.tensors, d=config.get("embedding_width"), k=config.get("code_dim"))
     sha256 = digest(tensors, config)
-    if config["wire_sha256"] not in (sha256, sha256_of(tensors)):  # the second is that of an older version
+    if config["wire_sha256"] != sha256:
         raise UserError(f"{name}: wire.safetensors or config.json is damaged, or not the one that was written with it")
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():

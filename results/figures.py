@@ -62,7 +62,8 @@ def frontier(path: Path, points: dict[str, list[dict]], direct: dict[str, list[d
     axes[1].set(xlabel="positions that the LLM reads")
     figure.suptitle("better: higher, and further to the left")
     entries = {stage: plt.Line2D([], [], color=color, linewidth=6) for stage, (color, _) in stages.items()}
-    entries["stage 3, direct"] = plt.Line2D([], [], color=GREEN)
+    if any(direct.values()):
+        entries["stage 3, direct"] = plt.Line2D([], [], color=GREEN)
     entries |= {"truncated text": plt.Line2D([], [], color="black", linestyle=":")}
     entries |= {f"reader {model}": line for model, line in names.items()}
     axes[1].legend(entries.values(), entries.keys(), loc="lower right")

@@ -127,6 +127,8 @@ COMMAND: Columns = {"command": "`{command}`"}
 
 
 def table(rows: list[dict], columns: Columns) -> list[str]:
+    if not rows:
+        return ["Not measured with these readers."]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = [cell.format_map(row) if isinstance(cell, str) else cell(row) for cell in columns.values()]
@@ -225,7 +227,11 @@ def readers_scores() -> list[str]:
     columns = {"test passages": "{0}", "rows": "{1[examples]:,}"}
     columns |= {f"F1, {model}": f"{{{at}[f1]:.1f}}" for at, model in enumerate(MODELS, 1)}
     columns |= {f"no context, {model}": f"{{{at}[no_context_f1]:.1f}}" for at, model in enumerate(MODELS, 1)}
-    return table(rows, {title: lambda row, cell=cell: cell.format(*row) for title, cell in columns.items()})
+    lines = table(rows, {title: lambda row, cell=cell: cell.format(*row) for title, cell in columns.items()})
+    sizes = " and ".join(
+        f"{run['squad_bytes_per_token']:.2f} bytes ({run['model']})" for run in in_order(READERS, "model")
+    )
+    return [*lines, "", f"A token of SQuAD's passages has {sizes} on average."]
 
 
 def readers_depth() -> list[str]:
@@ -365,7 +371,7 @@ def stage3_ablations() -> list[str]:
         "seed0": "nothing",
         "without-copies": "copying from the message",
         "without-context": "the last 8 indices",
-        "without-prediction": "any prediction: 10 bits per index",
+        "without-prediction": "any prediction: 12 bits per index",
     }
     columns = {"left out": lambda row: left_out[row["file"]], "bytes of a prompt": "{wire_bytes:.1f}"}
     return table(named(STAGE3, *left_out), columns | RETENTION | COMMAND)

@@ -44,7 +44,7 @@ def test_a_changed_number_and_a_missing_marker_are_named_in_one_line(tmp_path, f
     target = tmp_path / file
     text = target.read_text(encoding="utf-8")
     before, rest = text.split(f"<!-- {block} -->")
-    target.write_text(f"{before}<!-- {block} -->{rest.replace('97.2', '97.3', 1)}", encoding="utf-8")
+    target.write_text(f"{before}<!-- {block} -->{rest.replace('F1', 'F2', 1)}", encoding="utf-8")
     done = check(tmp_path)
     assert done.returncode == 1 and done.stderr == f"error: {file} is out of date: run python results/make.py\n"
     target.write_text(before + rest, encoding="utf-8")
