@@ -63,7 +63,7 @@ def train_with_little_room(out: str, flags: tuple[str, ...]) -> None:
 
 # where a process kills itself: at a certain call of a function
 MOMENTS = {
-    "in a step": (stage1, "answer_logits", 7),
+    "in a step": (stage1, "token_loss", 7),
     "before a file is on the disk": (os, "fsync", 9),
     "before a file has its name": (os, "replace", 8),
 }
@@ -215,14 +215,14 @@ def test_a_second_run_in_the_same_directory_is_refused(start, random_llm, tmp_pa
 
 
 def make_losses_nan(monkeypatch, steps: range) -> None:
-    """The LLM's logits are NaN in these steps of stage 1, numbered from 1; a step has one micro-batch."""
-    original, made = stage1.answer_logits, []
+    """The loss is NaN in these steps of stage 1, numbered from 1."""
+    original, made = stage1.token_loss, []
 
-    def answer_logits(*args, **kwargs):
+    def token_loss(*args):
         made.append(1)
-        return original(*args, **kwargs) * (float("nan") if len(made) in steps else 1)
+        return original(*args) * (float("nan") if len(made) in steps else 1)
 
-    monkeypatch.setattr(stage1, "answer_logits", answer_logits)
+    monkeypatch.setattr(stage1, "token_loss", token_loss)
 
 
 def test_a_step_whose_loss_is_nan_is_skipped(tmp_path, random_llm, monkeypatch):
