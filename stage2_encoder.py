@@ -73,7 +73,7 @@ STAGE = "stage2"
 CONFIG = dict(
     model="tiny",  # an alias, hub id or directory; tiny is embedded and needs no download
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=3000,  # MINUTES
+    steps=3000,  # fourteen minutes on one core
     batch_size=8,  # prompts a step
     lr=3e-3,  # peak
     stage1=None,  # the trained stage-1 wire to start from; None: the shipped one of the model
@@ -418,7 +418,7 @@ def main() -> None:
     wire = Wire(reader, encoder, adapter, prefix_codes, rms)
     out = open_out(args)
     trained_parameters = sum(p.numel() for p in encoder.parameters())
-    print(f"encoder: {trained_parameters:,} trained parameters, a byte sees {REACH} on each side", flush=True)
+    print(f"encoder: {trained_parameters:,} trained parameters, a byte sees {REACH} before it", flush=True)
     print(f"adapter {adapter.kind} of {args.stage1}, k {k} of d {d}", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------

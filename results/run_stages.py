@@ -73,7 +73,8 @@ def stage2(shared: str) -> dict[str, list[str]]:
     runs["tiny-without-code-target"] = ["--model", "tiny", "--without", "code-target", "--steps", "1000"]
     for model, wire in (("tiny", "stage2"), ("tiny-qwen", "stage2-qwen")):
         for data in TESTS:
-            runs[f"{model}-{data}"] = ["--eval-only", f"tiny/wires/{wire}", "--data", data, "--eval-examples", "300"]
+            flags = ["--eval-only", f"tiny/wires/{wire}", "--data", data, "--eval-examples", "300"]
+            runs[f"{model}-{data.removeprefix('tiny-')}"] = flags
     if (ROOT / shared).is_dir():
         stories = ["--model", f"{shared}/models/stories260k", "--data", f"{shared}/data/text/tinystories_sample.txt"]
         runs["stories260k"] = [*stories, "--stage1", STORIES_WIRE]
