@@ -47,7 +47,7 @@ def merged(runs: list[dict]) -> dict:
             row["std"][key] = statistics.stdev(values) if len(runs) > 1 else 0
     if len(runs) > 1:
         row["command"] = re.sub(r"(--seed |/seed)\d", r"\1S", row["command"])
-    return row | {"seeds": len(runs)}
+    return row | {"seeds": len(runs), "over": "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"}
 
 
 def flat(run: dict) -> dict:
@@ -175,8 +175,8 @@ def ladder() -> list[str]:
 def stage0_number() -> list[str]:
     text = (
         "Through the wire, the LLM scores F1 {score[f1]}. It scores {text_f1:.1f} when it reads the text, and "
-        "{no_context_f1:.1f} when it reads the question alone (reader {model}, {examples:,} test passages, {seeds} "
-        "seeds): `{command}`"
+        "{no_context_f1:.1f} when it reads the question alone (reader {model}, {examples:,} test passages, {over}"
+        "): `{command}`"
     )
     return [text.format_map(readers(STAGE0)[0])]
 
@@ -185,7 +185,7 @@ def stage1_number() -> list[str]:
     row = adapter_rows("mlp", 8)[0]
     text = (
         "With 8x fewer numbers per token, the LLM keeps {score[retention]}% of its F1 from text; before training, with "
-        "the inverse of the PCA, it keeps {inverse}% (reader {model}, {examples:,} test passages, {seeds} seeds): "
+        "the inverse of the PCA, it keeps {inverse}% (reader {model}, {examples:,} test passages, {over}): "
         "`{command}`"
     )
     return [text.format_map(row | {"inverse": mean_and_std([100 * row["pca_inverse"] / row["text_f1"]])})]
@@ -195,7 +195,7 @@ def stage2_number() -> list[str]:
     text = (
         "The LLM keeps {score[retention]}% of its F1 from text. The encoder finds the ends of the tokens with F1 "
         "{boundary_f1:.2f}, and {exact_token:.2f}% of the tokens are exactly right (reader {model}, {examples:,} test "
-        "passages, {seeds} seeds): `{command}`"
+        "passages, {over}): `{command}`"
     )
     return [text.format_map(readers(STAGE2)[0])]
 
@@ -204,7 +204,7 @@ def stage3_number() -> list[str]:
     text = (
         "A message has {0[score][wire_bytes]} bytes. The text has {0[text_bytes]:.0f} bytes, or {0[zlib_bytes]:.0f} "
         "after zlib -9. From the same message, {0[model]} keeps {0[score][retention]}% of its F1 from text, and "
-        "{1[model]} keeps {1[score][retention]}% ({0[examples]:,} test passages, {0[seeds]} seeds): `{0[command]}`"
+        "{1[model]} keeps {1[score][retention]}% ({0[examples]:,} test passages, {0[over]}): `{0[command]}`"
     )
     return [text.format(*message_rows("prompt"))]
 
