@@ -51,7 +51,7 @@ def frontier(path: Path, points: dict[str, list[dict]], direct: dict[str, list[d
         axes[1].plot(xs, ys, "-", marker=marker, markersize=6, color=GREEN)
     rivals = {"the LLM's own prediction": ("llm_bound_bytes", -1, 4), "text": ("text_bytes", 1, 4)}
     rivals |= {"zlib, dictionary": ("zlib_dictionary_bytes", -1, 45), "zlib -9": ("zlib_bytes", 1, 4)}
-    rivals["packed ids"] = ("packed_token_bytes", 1, 45)
+    rivals["packed ids"] = ("packed_token_bytes", 1, 72)
     for label, (key, side, height) in rivals.items():  # a band from one reader to the other
         ends = sorted(run[key] for run in texts.values())
         axes[0].axvspan(*ends, color="#bbbbbb", zorder=0)
