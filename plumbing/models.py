@@ -73,6 +73,9 @@ def load_llm(name: str, directory: Path, device: torch.device, dtype: torch.dtyp
         raise UserError(f"--model {name}: the weights in {directory} lack {missing[0]} ({len(missing)} missing in all)")
     if getattr(model, "is_loaded_in_4bit", False) and device.type == "cpu":
         raise UserError(f"--model {name}: bitsandbytes gives wrong gradients for weights in 4 bits on a CPU: use a GPU")
+    if getattr(model, "is_quantized", False):  # transformers leaves what is not in few bits as it was saved
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
     if not split:
         return tokenizer, model.to(device)
     if torch.cuda.is_available() and {"cpu", "disk"} & set(model.hf_device_map.values()):

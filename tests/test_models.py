@@ -425,8 +425,8 @@ def test_weights_in_8_bits_stay_so_and_go_through_every_stage(tmp_path):
 @pytest.mark.slow
 def test_a_trained_llm_in_8_bits_still_answers(tmp_path):
     llm = save_in_few_bits(tmp_path / "llm", HERE / "tiny" / "tiny-llama", load_in_8bit=True)
-    run = succeed(stage1, "--model", llm, "--smoke", "--code-dim", "24", "--out", tmp_path / "out")
-    assert run.result["text_f1"] > 80 and run.result["retention"] > 95
+    run = succeed(stage1, "--model", llm, "--smoke", "--adapter", "codebook", "--out", tmp_path / "out")
+    assert run.result["text_f1"] > 65 and run.result["retention"] > 95
 
 
 def test_weights_in_4_bits_are_refused_on_a_cpu(random_llm, tmp_path):
