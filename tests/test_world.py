@@ -158,8 +158,6 @@ def test_the_readers_differ():
     llama, qwen = (reader.config for reader in readers)
     assert llama.model_type != qwen.model_type
     assert llama.hidden_size != qwen.hidden_size
-    mine, theirs = (AutoTokenizer.from_pretrained(TINY / name).get_vocab() for name in ("tiny-llama", "tiny-qwen"))
-    assert len(mine.keys() & theirs.keys()) < len(mine) / 2
     tokenizers = [AutoTokenizer.from_pretrained(TINY / name) for name in ("tiny-llama", "tiny-qwen")]
     text = "The mayor of Selnor is Raltofa, aged 71."
     assert tokenizers[0].tokenize(text) != tokenizers[1].tokenize(text)
