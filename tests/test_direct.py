@@ -149,7 +149,7 @@ def test_a_trained_direct_receiver_is_evaluated_and_used(trained, codec, tmp_pat
     assert again.result["positions"] < 0.7 * again.result["text_positions"]
     cost = config["controls"]["prefill"]
     for kind in ("direct", "unpack"):
-        assert cost[kind]["kv_bytes"] / cost[kind]["positions"] == 2 * 5 * 192 * 4  # keys, values x layers x d x 4
+        assert cost[kind]["kv_bytes"] / cost[kind]["positions"] == 2 * 6 * 192 * 4  # keys, values x layers x d x 4
     (tmp_path / "message").write_bytes(codec.send(PASSAGE, "context"))
     receive = ("--receive", tmp_path / "message", "--question", QUESTION, "--receiver", "direct")
     assert succeed(stage3, *receive, "--wire", out).stdout.strip()
