@@ -60,7 +60,7 @@ from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
 from plumbing.report import finish
-from plumbing.spelling import odd_text, prefix_ids, spells, token_ends
+from plumbing.spelling import odd_text, prefix_ids, spells, token_ends, words_of
 from plumbing.training import Run, identity, micro_batches
 from plumbing.wires import Contents, SavedWire, load_module, load_wire, open_out
 from stage1_pca_adapter import ADAPTERS, Adapter
@@ -266,7 +266,7 @@ def step_targets(reader: Reader, parts: list[list[dict]], rng: random.Random) ->
     See known_targets for their meaning.
     """
     prompts = [[sent_prompt(reader, row).text for row in part] for part in parts]
-    words = sorted({word for texts in prompts for text in texts for word in text.split(" ")})
+    words = words_of([text for texts in prompts for text in texts])
     targets = []
     for texts in prompts:
         texts = texts + [odd_text(rng, text, words, reader) for text in texts for _ in range(ODD)]

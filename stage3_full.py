@@ -1,4 +1,4 @@
-"""Stage 3: the full pipeline. One message, a sixth of the text's bytes, and every LLM with a stage-2 wire reads it.
+"""Stage 3: the full pipeline. One message, a quarter of the text's bytes, and every LLM with a stage-2 wire reads it.
 
     text -> encoder -> index of each code [M] -> predictor, arithmetic coder -> message        the sender: no LLM
             stage 2    its codebook: known       learned: the next index
@@ -18,7 +18,7 @@ receivers lose nothing against one, whatever their tokenizers, and a third joins
 
 A receiver may also read fewer positions than tokens (--receiver direct): see stage3/direct.py.
 
-Tried and lost: latents learned from scratch, fixed spans of 4 or 8 bytes in 4-bit numbers (a fifth of the bytes wrong
+Tried with earlier readers, and lost: latents learned from scratch, fixed spans of 4 or 8 bytes in 4-bit numbers (a fifth of the bytes wrong
 at 107 bytes a prompt, after 500 steps of 32); counts of pairs of indices instead of a network (50 bytes a prompt, the
 network needs 30, and the frame is 10 more); a nearby code where that saves bits (F1 falls from 95 to 83 before a byte
 is saved: names cost most of the bytes, and questions ask for names).
@@ -66,7 +66,7 @@ from plumbing.launch import UserError, launch, pick_device, pick_dtype, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
 from plumbing.report import finish
-from plumbing.spelling import odd_text, pieces_of
+from plumbing.spelling import odd_text, pieces_of, words_of
 from plumbing.training import Run, identity, micro_batches
 from plumbing.wires import Contents, check_shapes, load_module, load_wire, open_out
 from stage2_encoder import Encoder, pack_texts
@@ -95,7 +95,7 @@ STAGE = "stage3"
 CONFIG = dict(
     model="both readers",  # what is trained does not depend on it; --model NAME measures one receiver
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=1200,  # eleven minutes with one thread, evaluation included
+    steps=1200,  # 25 minutes with one thread, evaluation included
     batch_size=32,  # texts a step, one in eight of them odd
     lr=2e-3,  # peak
     stage2=["tiny/wires/stage2", "tiny/wires/stage2-qwen"],  # one wire a receiver; the first one's encoder sends
@@ -493,7 +493,7 @@ def main() -> None:
         rows = datas[0].train_rows(args.seed, step * args.batch_size, args.batch_size)
         texts = [sent_prompt(readers[0], row).plain for row in rows]
         # one text in eight is odd, so that the messages of odd texts are not much longer than the texts
-        words = sorted({word for text in texts for word in text.split(" ")})
+        words = words_of(texts)
         texts = [odd_text(rng, text, words, readers[0]) if i % 8 == 7 else text for i, text in enumerate(texts)]
         lists = codec.latents(texts)
         # the loss is a mean over the whole step, so that the micro-batch size changes nothing

@@ -140,6 +140,11 @@ ODD = (
 )  # fmt: skip
 
 
+def words_of(texts: list[str]) -> list[str]:
+    """The different words of texts, in a fixed order."""
+    return sorted({word for text in texts for word in text.split(" ")})
+
+
 def joined(rng: random.Random, word: str, other: str) -> str:
     """The start of one word and the end of another; one time in five, or if one is too short, the word itself."""
     if len(word) < 3 or len(other) < 3 or rng.random() < 0.2:

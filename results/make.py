@@ -197,7 +197,9 @@ def stage2_number() -> list[str]:
         "{boundary_f1:.2f}, and {exact_token:.2f}% of the tokens are exactly right (reader {model}, {examples:,} test "
         "passages, {over}): `{command}`"
     )
-    return [text.format_map(readers(STAGE2)[0])]
+    without = "Where the codes learn from the answers alone, without their known target, F1 is {f1:.1f}: `{command}`"
+    (alone,) = named(STAGE2, "tiny-without-code-target")
+    return [text.format_map(readers(STAGE2)[0]), "", without.format_map(alone)]
 
 
 def stage3_number() -> list[str]:
