@@ -18,10 +18,10 @@ receivers lose nothing against one, whatever their tokenizers, and a third joins
 
 A receiver may also read fewer positions than tokens (--receiver direct): see stage3/direct.py.
 
-Tried with earlier readers, and lost: latents learned from scratch, fixed spans of 4 or 8 bytes in 4-bit numbers (a fifth of the bytes wrong
-at 107 bytes a prompt, after 500 steps of 32); counts of pairs of indices instead of a network (50 bytes a prompt, the
-network needs 30, and the frame is 10 more); a nearby code where that saves bits (F1 falls from 95 to 83 before a byte
-is saved: names cost most of the bytes, and questions ask for names).
+Tried with earlier readers, and lost: latents learned from scratch, fixed spans of 4 or 8 bytes in 4-bit numbers (a
+fifth of the bytes wrong at 107 bytes a prompt, after 500 steps of 32); counts of pairs of indices instead of a
+network (50 bytes a prompt, the network needs 30, and the frame is 10 more); a nearby code where that saves bits (F1
+falls from 95 to 83 before a byte is saved: names cost most of the bytes, and questions ask for names).
 
     python stage3_full.py                                                   # both readers; README has the scores
     python stage3_full.py --eval-only tiny/wires/stage3 --model tiny-qwen   # the shipped wire, one receiver
