@@ -167,7 +167,7 @@ def test_the_reader_is_trained_on_the_prompt_that_the_stages_use():
     assert pretrain.PROMPT == common.PROMPT
 
 
-def build_small(name: str, real: pretrain.RealText, trained: Path | None, attention: str):
+def build_small(name: str, real: pretrain.RealText, trained: Path | None):
     """As `pretrain.build`, but a model of one layer, with the tokenizer of the shipped reader."""
     tokenizer = AutoTokenizer.from_pretrained(TINY / name)
     torch.manual_seed(0)
@@ -207,7 +207,7 @@ def test_interrupted_pretraining_ends_where_an_unbroken_one_does(build, tmp_path
 
     monkeypatch.setattr(pretrain, "build", build)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # a minute and a half a run
-    monkeypatch.setattr(pretrain, "POOL", 2)  # rows
+    monkeypatch.setattr(pretrain, "POOL", 28)  # two rows for 512 tokens
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)  # pools
     monkeypatch.setattr(pretrain, "COPY_POOLS", 1)
     monkeypatch.setattr(pretrain, "FACT_POOLS", 1)  # every pool grows: copying, 2, 3, 4 facts

@@ -3,7 +3,7 @@
     python -m tiny.pretrain tiny-llama --squad train-v1.1.json --stories stories.txt
     python -m tiny.pretrain tiny-qwen  --squad train-v1.1.json --stories stories.txt
     ... --resume                                     # after an interruption; ends where one run would have ended
-    ... --device cuda --workers 14 --batch-tokens 28672
+    ... --device cuda --workers 7 --batch-tokens 28672 --minutes 8
 
 The recipe:
 1. Copying. Short rows of frequent tokens stand twice, and the second time every token must be predicted.
@@ -28,6 +28,7 @@ Letters: B sequences, T tokens of a sequence.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import random
@@ -63,12 +64,13 @@ VOCABULARY = 4096
 LAYERS = 6
 ANSWER_WEIGHT, COPY_WEIGHT, PASSAGE_WEIGHT, REAL_WEIGHT = 1.0, 0.5, 0.1, 0.2  # of a token as a target
 TARGETS = 0.25  # of the tokens of passages and questions are targets
-SQUAD_SHARE, CLOZE_SHARE = 0.15, 0.15  # of the rows; the rest are passages of the world
-STYLED = 0.25  # of the passages of the world; more than in its test sets, because they are hard to learn
+SQUAD_SHARE, CLOZE_SHARE = 0.1, 0.15  # of the rows; the rest are passages of the world
+STYLED = 0.35  # of the passages of the world; more than in its test sets, because they are hard to learn
 STYLES = ("upper", "upper", "lower", "digits", "accents", "accents", "emoji")  # the hardest ones twice
 QUESTIONS = 6  # about a passage, at most
 MOST_FACTS = 8  # of a passage
-POOL = 256  # rows that are made together
+POOL = 256  # rows that are made together, for each SMALL_BATCH tokens of a batch
+SMALL_BATCH = 7168
 COPY_POOLS, FACT_POOLS = 40, 16  # pools that copy (about 350 steps), and pools until passages grow by a fact
 WIDTHS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # columns of a batch: few shapes, little memory
 TARGET_UNIT = 128  # targets of a batch come in multiples of it: the CPU's matmul library keeps every shape
@@ -273,13 +275,8 @@ FAMILIES = {
 }
 
 
-def build(
-    name: str, real: RealText, trained: Path | None, attention: str
-) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
-    """(tokenizer, untrained model) of a family; deterministic. trained: where its tokenizer is, if it is made.
-
-    attention: "plain" (see `attend`) or one of the library's own, such as "sdpa".
-    """
+def build(name: str, real: RealText, trained: Path | None) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """(tokenizer, untrained model) of a family; deterministic. trained: where its tokenizer is, if it is made."""
     family = FAMILIES[name]
     if trained:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(trained)
@@ -296,17 +293,20 @@ def build(
         **family.sizes,
         **family.start_and_end,
     )
-    AttentionInterface.register("plain", attend)
+    AttentionInterface.register("causal", attend)
     torch.manual_seed(0)
-    return tokenizer, AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return tokenizer, AutoModelForCausalLM.from_config(config, attn_implementation="causal")
 
 
 def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
     """Causal attention as the library calls it: ([B,T,heads,head_dim], None) from [B,heads,T,head_dim] each.
 
-    Plain products, which the compiler fuses: the backward pass of the library's own is slow in bfloat16 on CPUs. Rows
+    On a CPU, plain products, which the compiler fuses: the backward pass of torch's own is slow there in bfloat16. Rows
     are padded on the right, so no mask but the causal one is needed.
     """
+    if query.is_cuda:
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return mixed.transpose(1, 2).contiguous(), None
     place = torch.arange(query.shape[2], device=query.device)
     scores = (query @ key.transpose(2, 3) * scaling).float()  # [B,heads,T,T]
     mixed = scores.masked_fill(place[None, :] > place[:, None], float("-inf")).softmax(-1).to(value.dtype) @ value
@@ -411,11 +411,12 @@ class Pools:
 
     def rows(self, rng: random.Random, facts: int) -> list[Row]:
         """Until passages have eight facts, every tenth row copies its own tokens."""
+        count = POOL * self.batch_tokens // SMALL_BATCH
         if facts == 0:
-            return [copied(rng, self.frequent, rng.randint(4, 20)) for _ in range(2 * POOL)]
-        rows = make_rows(self.tokenizer, self.real, rng, facts, POOL)
+            return [copied(rng, self.frequent, rng.randint(4, 20)) for _ in range(2 * count)]
+        rows = make_rows(self.tokenizer, self.real, rng, facts, count)
         if facts < MOST_FACTS:
-            for at in range(0, POOL, 10):
+            for at in range(0, count, 10):
                 rows[at] = copied(rng, sorted(set(rows[at][0])), rng.randint(8, max(9, len(rows[at][0]) // 2)))
         return rows
 
@@ -449,9 +450,9 @@ def answer_exact(model, tokenizer, examples: list[dict]) -> float:
     return 100 * right / len(examples)
 
 
-def learning_rate(peak: float, step: int, steps: int) -> float:
-    """Warm-up over 100 steps, constant, then linearly to zero over the last 30%."""
-    return peak * min(1.0, (step + 1) / 100, (steps - step) / (0.3 * steps))
+def learning_rate(peak: float, step: int, done: float) -> float:
+    """Warm-up over 100 steps, constant, then linearly to zero over the last 60%; done: the share of the training."""
+    return peak * min(1.0, (step + 1) / 100, (1 - done) / 0.6)
 
 
 def make_optimizers(model, rate: float) -> list[torch.optim.Optimizer]:
@@ -473,9 +474,12 @@ def answer_loss(model, ids: torch.Tensor, places: torch.Tensor, targets: torch.T
     return (losses * weights).sum() / weights.sum(), logits.argmax(-1)
 
 
-def backward(loss_of: Callable, ids: torch.Tensor, weights: torch.Tensor, counted: float) -> tuple[float, float | None]:
-    """Gradients of a batch [B,T]: (loss, share of right tokens among the targets whose weight is `counted`, if any).
+def backward(
+    loss_of: Callable, device: str, ids: torch.Tensor, weights: torch.Tensor, counted: float
+) -> tuple[float, float | None]:
+    """Gradients of a batch [B,T], which is on the CPU.
 
+    Returns (loss, share of right tokens among the targets whose weight is `counted`, None if there are none).
     Logits are computed for targets alone, and for as many others, of no weight, as make a multiple of TARGET_UNIT.
     """
     ahead = F.pad(weights[:, 1:], (0, 1)).flatten()  # [B*T], of the token that each one predicts
@@ -483,9 +487,9 @@ def backward(loss_of: Callable, ids: torch.Tensor, weights: torch.Tensor, counte
     others = (ahead == 0).nonzero()[:, 0]
     places = torch.cat([places, others[: -len(places) % TARGET_UNIT]])
     targets, weights = ids.flatten().roll(-1)[places], ahead[places]
-    loss, guesses = loss_of(ids, places, targets, weights)
+    loss, guesses = loss_of(*(tensor.to(device) for tensor in (ids, places, targets, weights)))
     loss.backward()
-    right = (guesses == targets)[weights == counted]
+    right = (guesses.to("cpu") == targets)[weights == counted]
     return loss.item(), right.float().mean().item() if len(right) else None
 
 
@@ -502,7 +506,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--squad", type=Path, required=True, help="SQuAD v1.1 JSON, training questions")
     parser.add_argument("--stories", type=Path, required=True, help="a text file of short stories")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch-tokens", type=int, default=7168, help="of a batch, padding included, at most")
+    parser.add_argument("--minutes", type=float, help="train for so long, instead of a number of steps")
+    parser.add_argument("--batch-tokens", type=int, default=SMALL_BATCH, help="of a batch, padding included, at most")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -510,8 +515,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
     args = parser.parse_args()
-    if args.steps < 1 or args.lr <= 0 or args.workers < 0:
-        parser.error("--steps and --lr must be above 0, and --workers not below")
+    if args.steps < 1 or args.lr <= 0 or args.workers < 0 or (args.minutes is not None and args.minutes <= 0):
+        parser.error("--steps, --minutes and --lr must be above 0, and --workers not below")
     if args.batch_tokens < CONTEXT_TOKENS:
         parser.error(f"--batch-tokens must be {CONTEXT_TOKENS} or more: a row has that many")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -532,17 +537,15 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
+    torch.set_flush_denormal(True)
     real = RealText(args.squad, args.stories)
-    on_cpu = args.device == "cpu"
-    trained = args.checkpoint.parent if args.resume else None
-    tokenizer, model = build(args.name, real, trained, "plain" if on_cpu else "sdpa")
+    tokenizer, model = build(args.name, real, args.checkpoint.parent if args.resume else None)
     model.to(args.device)
     tokenizer.save_pretrained(args.checkpoint.parent)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.name}: {parameters:,} parameters, {len(tokenizer)} tokens", flush=True)
     optimizers = make_optimizers(model, args.lr)
-    loss_of = functools.partial(answer_loss, model)
-    loss_of = torch.compile(loss_of, dynamic=True) if on_cpu else loss_of
+    loss_of = torch.compile(functools.partial(answer_loss, model), dynamic=True)
     pools = Pools(tokenizer, real, frequent_tokens(tokenizer, real), args.seed, args.batch_tokens)
     pool, step, accuracy, seconds = 0, 0, 0.0, 0.0
     if args.resume:
@@ -559,26 +562,28 @@ def main() -> None:
     }
     model.train()
     started = time.perf_counter() - seconds
-    left = args.steps - step  # a pool has one batch or more
-    loader = DataLoader(pools, batch_size=None, sampler=range(pool, pool + left), num_workers=args.workers)
+    done = 0.0  # share of the training
+    loader = DataLoader(pools, batch_size=None, sampler=itertools.count(pool), num_workers=args.workers)
     for batches in loader:
         facts = facts_of(pool)
-        for ids, weights in batches[: args.steps - step]:  # [B,T] [B,T]
-            ids, weights = ids.to(args.device), weights.to(args.device)
-            loss, right = backward(loss_of, ids, weights, ANSWER_WEIGHT if facts else COPY_WEIGHT)
+        for ids, weights in batches:  # [B,T] [B,T]
+            seconds = time.perf_counter() - started
+            done = seconds / (60 * args.minutes) if args.minutes else step / args.steps
+            if done >= 1:
+                break
+            loss, right = backward(loss_of, args.device, ids, weights, ANSWER_WEIGHT if facts else COPY_WEIGHT)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(args.lr, step, args.steps)
+                    group["lr"] = learning_rate(args.lr, step, done)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             if right is not None:
                 accuracy = 0.95 * accuracy + 0.05 * right
             step += 1
             if step % 100 == 0 or step == args.steps:
-                seconds = time.perf_counter() - started
                 print(
-                    f"step {step}/{args.steps} loss {loss:.3f} answer tokens {100 * accuracy:.1f}% facts {facts} "
+                    f"step {step} loss {loss:.3f} answer tokens {100 * accuracy:.1f}% facts {facts} "
                     f"grad {norm:.2f} T {ids.shape[1]} {seconds:.0f} s",
                     flush=True,
                 )
@@ -586,10 +591,10 @@ def main() -> None:
         if pool % SAVE_EVERY == 0:
             scores = {name: f"{answer_exact(model, tokenizer, rows):.1f}%" for name, rows in validation.items()}
             print(f"step {step}: validation answers exact {scores}", flush=True)
-            state = dict(pool=pool, step=step, accuracy=accuracy, seconds=time.perf_counter() - started)
+            state = dict(pool=pool, step=step, accuracy=accuracy, seconds=seconds)
             state |= dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
             save_atomically(state, args.checkpoint)
-        if step == args.steps:
+        if done >= 1:
             break
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
