@@ -197,15 +197,23 @@ def test_real_text_gives_questions_that_its_window_answers(real_text):
             assert asked and all(answer in window for _, answer in asked), (window, asked)
 
 
-@pytest.mark.parametrize("build", (build_small, pytest.param(pretrain.build, marks=pytest.mark.slow)))
-def test_interrupted_pretraining_ends_where_an_unbroken_one_does(build, tmp_path, monkeypatch, real_text):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", pretrain.FAMILIES)
+def test_an_untrained_reader_has_the_shape_of_the_shipped_one(name, real_text):
+    tokenizer, model = pretrain.build(name, pretrain.RealText(*real_text), None)
+    assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(TINY / name).num_parameters()
+    text = "Ada paid 25 kroner for a café."
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_interrupted_pretraining_ends_where_an_unbroken_one_does(tmp_path, monkeypatch, real_text):
     def pretrain_run(out, *flags):
         sizes = ["--steps", "8", "--batch-tokens", "512", "--out", str(out)]
         files = ["--squad", str(real_text[0]), "--stories", str(real_text[1])]
         monkeypatch.setattr("sys.argv", ["pretrain.py", "tiny-qwen", *sizes, *files, *flags])
         pretrain.main()
 
-    monkeypatch.setattr(pretrain, "build", build)
+    monkeypatch.setattr(pretrain, "build", build_small)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # a minute and a half a run
     monkeypatch.setattr(pretrain, "POOL", 28)  # two rows for 512 tokens
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)  # pools
