@@ -92,7 +92,7 @@ def use(monkeypatch, form: str) -> str:
     if not adapter.HAVE_TRITON:
         pytest.skip("triton is not installed")
     monkeypatch.setattr(adapter, "interpret_on_cpu", not NATIVE)
-    monkeypatch.setattr(adapter, "choose_form", lambda *sizes, **source: form)
+    monkeypatch.setattr(adapter, "choose_form", lambda *sizes: form)
     return "cuda" if NATIVE else "cpu"
 
 
@@ -506,7 +506,7 @@ def test_cuda_graph(kernel_device):
 @pytest.mark.parametrize("form", FORMS)
 def test_more_than_two_to_the_31_numbers(monkeypatch, form):
     monkeypatch.undo()  # a poisoned copy of this output would double it
-    monkeypatch.setattr(adapter, "choose_form", lambda *sizes, **source: form)
+    monkeypatch.setattr(adapter, "choose_form", lambda *sizes: form)
     rows, d, k = 2**19 + 200, 4096, 16
     codes, weight, bias, _ = inputs(300, d, k, torch.bfloat16, "cuda")
     many = codes.repeat(rows // 300 + 1, 1)[:rows]
@@ -519,14 +519,13 @@ def test_more_than_two_to_the_31_numbers(monkeypatch, form):
 
 
 def test_which_form_where():
-    assert adapter.choose_form(65536, 192, 24, 4) == "fused"  # the embedded reader, at any number of rows
-    assert adapter.choose_form(1, 192, 24, 2) == "fused"
-    assert adapter.choose_form(900, 4096, 512, 4) == "library"  # a linear adapter of llama-7b
-    assert adapter.choose_form(900, 192, 536, 4) == "library"  # an mlp adapter
-    assert adapter.choose_form(900, 4096, 32000, 2) == "library"  # a codebook
-    assert adapter.choose_form(65536, 4096, 512, 2, from_x=True) == "fused"
-    assert adapter.choose_form(900, 4096, 512, 2, from_x=True) == "library"
-    assert adapter.choose_form(65536, 4096, 512, 4, from_x=True) == "library"  # it would spill
+    assert adapter.choose_form(192, 24, 4) == "fused"  # the embedded reader
+    assert adapter.choose_form(192, 24, 2) == "fused"
+    assert adapter.choose_form(4096, 512, 4) == "library"  # a linear adapter of llama-7b
+    assert adapter.choose_form(4096, 512, 2) == "library"
+    assert adapter.choose_form(192, 536, 4) == "library"  # an mlp adapter
+    assert adapter.choose_form(4096, 32000, 2) == "library"  # a codebook
+    assert adapter.choose_form(64, 128, 4) == "library"  # it would spill
 
 
 def test_a_projection_has_no_gradient(device):

@@ -14,16 +14,16 @@ for 8,192 tokens from codes and 87 from x. An eager implementation passes over [
               chip, y comes back from the cache once. Every 64 tokens (32 in float32) read the whole weight.
     library   a matmul of torch, then one kernel that scales y in place.
 
-Which form where (`choose_form`; by arithmetic, no GPU has measured it):
+Which form where (`choose_form`; results/README.md has the times on an H200):
 
     the table's projection, stages 1-3     fused: x -> codes, once for the V tokens of the vocabulary
-    linear adapter of a small reader       fused: its weight [24, 192] has 18 KB; codes gathered by token id
-    linear adapter of llama-7b             library: z of 512 codes in float32 does not stay on the chip, and 900 tokens
-                                           would be 15 to 30 programs for 132 multiprocessors
+    linear adapter of a small reader       fused: its weight [24, 192] has 18 KB; codes gathered by token id. By
+                                           arithmetic: no GPU has measured a weight so small
+    llama-7b, from codes or from x         library: fused, 512 tokens take 7 times as long from x, 17 times from codes,
+                                           400 times in float32. A program reads the whole weight for its 64 tokens,
+                                           4 MB at the speed of one multiprocessor
     mlp, codebook                          library. mlp: y = [z, hidden layer] @ [weight; weight2] + bias, 512 wider.
                                            codebook: its softmax over n tokens @ their embeddings, so k is n
-    `reconstruct`, x -> out in one         fused from 8,192 tokens on, in halves: two matmuls and a norm take 1.3x as
-                                           long at most
 
 At llama-7b (2,048 tokens, 900 different ones, a step of 100 ms) all of it is 0.1 to 0.3% of a step: what counts is that
 it is right. Two levers need no kernel: x is a row of a frozen table, so its codes are a table [V, k] made once; a token
@@ -101,13 +101,11 @@ def _on_triton(tensor: Tensor) -> bool:
 WIDEST = {2: 512, 4: 64}  # k by bytes a number: z must stay on the chip; three TF32 products for one float32 spill it
 # A multiprocessor reads 64 bytes a clock, about 110 GB/s on an H200: 128 KiB in 1.2 us, what a second launch costs
 SMALL_WEIGHT = 128 * 1024
-FULL_GRID = 8192  # tokens: 64 a program, so about one program for each of 132 multiprocessors
 
 
-def choose_form(N: int, d: int, k: int, itemsize: int, from_x: bool = False) -> str:
-    """Which of the two forms computes [N, d] fastest on CUDA. By arithmetic: no GPU has measured it."""
-    worth_it = d * k * itemsize <= SMALL_WEIGHT or (from_x and N >= FULL_GRID)
-    return "fused" if k <= WIDEST[itemsize] and worth_it else "library"
+def choose_form(d: int, k: int, itemsize: int) -> str:
+    """Which of the two forms computes [N, d] fastest on CUDA."""
+    return "fused" if k <= WIDEST[itemsize] and d * k * itemsize <= SMALL_WEIGHT else "library"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,8 +134,8 @@ def _adapt(
 
     Returns out [N, d] and its scale [N, 1], which the backward needs.
     """
-    (k, d), N, from_x = weight.shape, len(x if ids is None else ids), components is not None
-    if _on_triton(x) and N and choose_form(N, d, k, x.itemsize, from_x) == "fused":
+    (k, d), N = weight.shape, len(x if ids is None else ids)
+    if _on_triton(x) and N and choose_form(d, k, x.itemsize) == "fused":
         return fused.fused(x, ids, code_scale, mean, components, weight, bias, target, EPS)
     y = torch.addmm(bias, _codes(x, ids, code_scale, mean, components), weight)
     if _on_triton(y):
@@ -273,7 +271,7 @@ def adapt(
 def reconstruct(
     x: Tensor, mean: Tensor, components: Tensor, weight: Tensor, bias: Tensor, target_rms: Tensor | float
 ) -> Tensor:
-    """adapt(project(x)): what the wire makes of embeddings x [N, d], in one kernel where that is fastest.
+    """adapt(project(x)): what the wire makes of embeddings x [N, d], in one kernel where the weight is small.
 
     Shapes, dtypes and errors as in `project` and `adapt`; differentiable in weight and bias.
     """

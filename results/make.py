@@ -505,7 +505,8 @@ def draw() -> None:
     texts = {run["model"]: run for run in in_order(named(READINGS, "seed0"), "model")}
     direct = {model: [run for run in direct_runs() if run["model"] == model] for model in MODELS}
     figures.frontier(HERE / "frontier.png", points, direct, texts)
-    figures.roofline(HERE / "roofline.png", BENCHES)
+    lines = [bench for bench in BENCHES if len({run["N"] for run in bench["operator"]}) > 1]
+    figures.roofline(HERE / "roofline.png", lines)
 
 
 def main() -> None:

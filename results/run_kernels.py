@@ -45,19 +45,21 @@ def parts_on_a_gpu(gpu: str, sizes: list[str], no_compile: bool) -> list[Part]:
     python, parts = sys.executable, []
     tests = [python, "-m", "pytest", "-q", "-m", "", "test_kernels.py", "-k"]
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    parts.append(Part("tests", 150, [*tests, f"not ({LARGE} or compiled)", *workers]))
-    parts.append(Part("large tests", 60, [*tests, LARGE]))
-    for dtype in ("bfloat16", "float32"):
-        for k in ("512", "1024"):
-            bench = [python, "kernels/bench.py", "--dtype", dtype, "--code-dim", k, "--repeats", "20"]
-            bench += ["--sizes", *sizes] + ["--no-compile"] * no_compile
-            parts.append(Part(f"forms {dtype} {k}", 30 if no_compile else 45, bench, f"{gpu}-{dtype}-{k}.json"))
+    parts.append(Part("tests", 100, [*tests, f"not ({LARGE} or compiled)", *workers]))
+    parts.append(Part("large tests", 45, [*tests, LARGE]))
+    for dtype, d, k in (("float32", 192, 24), ("bfloat16", 4096, 512), ("float32", 4096, 512)):
+        bench = [python, "kernels/bench.py", "--dtype", dtype, "--width", str(d), "--code-dim", str(k)]
+        bench += ["--repeats", "20", "--sizes", *sizes, "--no-compile"]
+        parts.append(Part(f"forms {dtype} {d} {k}", 40, bench, f"{gpu}-{dtype}-{d}-{k}.json"))
     for kind in ("linear", "mlp", "codebook"):
         step = [python, "stage1_pca_adapter.py", "--model", "llama-7b", "--random-weights", "--steps", "10"]
-        parts.append(Part(f"step {kind}", 40, [*step, "--adapter", kind]))
+        parts.append(Part(f"step {kind}", 55, [*step, "--adapter", kind]))
+    if not no_compile:  # its autotuning takes 70 s for one size
+        bench = [python, "kernels/bench.py", "--repeats", "20", "--sizes", *sizes]
+        parts.append(Part("forms compiled", 100, bench, f"{gpu}-compiled.json"))
     check = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *tests, "strided"]
     # torch's allocator hands out parts of large blocks: a read behind the end of a tensor would stay inside its block
-    parts.append(Part("memcheck", 90, check, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    parts.append(Part("memcheck", 70, check, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     return parts
 
 
