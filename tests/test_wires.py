@@ -322,8 +322,8 @@ def wires_of_mutated_tensors(wire: Path, count: int) -> Iterator[Path]:
     (
         (wires_of_mutated_configs, 20, 1),
         (wires_of_mutated_tensors, 3, 3),
-        pytest.param(wires_of_mutated_configs, 400, 20, marks=pytest.mark.slow),
-        pytest.param(wires_of_mutated_tensors, 50, 50, marks=pytest.mark.slow),
+        pytest.param(wires_of_mutated_configs, 1000, 12, marks=pytest.mark.slow),
+        pytest.param(wires_of_mutated_tensors, 125, 30, marks=pytest.mark.slow),
     ),
 )
 @pytest.mark.parametrize("name", READERS)
@@ -335,4 +335,4 @@ def test_mutated_wires_are_read_or_refused_in_one_line(
     reader = readers_of(random_llm)[name]
     wire = shutil.copytree(ladder / reader[0], tmp_path / "wire")
     refusals = count_refusals(reader, mutated_wires(wire, count), tmp_path / "out", most)
-    assert count < 50 or count / 4 < refusals < count
+    assert count < 100 or count / 4 < refusals < count
