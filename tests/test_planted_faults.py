@@ -63,7 +63,7 @@ FAULTS = {
         "_codes(source[0][: len(dy)], None, *source[2:]).T",
     ),
     "a fake scale of the codes' dtype": ("adapter.py", "dtype=target.dtype)", "dtype=x.dtype)"),
-    "the fused form everywhere": ("adapter.py", "<= WIDEST[itemsize] and worth_it", "<= WIDEST[itemsize]"),
+    "the fused form everywhere": ("adapter.py", " and d * k * itemsize <= SMALL_WEIGHT", ""),
 }  # fmt: skip
 pytestmark = pytest.mark.slow
 
