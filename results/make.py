@@ -149,7 +149,7 @@ def in_units(unit: float, *keys: str, form: str = "{:.1f}") -> Callable[[dict], 
 
 def with_minutes(run: dict) -> dict:
     evaluation = run["eval_seconds"] + sum(other["metrics"]["eval_seconds"] for other in run.get("others", []))
-    threads = "1 thread, beside another run" if run["threads"] == 1 else f"{run['threads']} threads"
+    threads = "1 thread, beside other runs" if run["threads"] == 1 else f"{run['threads']} threads"
     return run | {"minutes": (run["train_seconds"] + evaluation) / 60, "tested": evaluation / 60, "on": threads}
 
 

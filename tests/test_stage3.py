@@ -391,8 +391,7 @@ def test_context_alone_travels_and_the_shuffled_control_is_another_message(codec
     evaluate = ("--eval-only", SHIPPED, "--model", "tiny", "--eval-examples", len(rows))
     run = succeed(stage3, *evaluate, "--wire-carries", "context", "--out", tmp_path / "out")
     whole = succeed(stage3, *evaluate, "--out", tmp_path / "b")
-    assert run.result["f1"] == whole.result["f1"]
-    assert run.result["f1"] == pytest.approx(run.result["text_f1"], abs=3.4)  # one answer of 30
+    assert run.result["f1"] == whole.result["f1"] >= run.result["text_f1"]
     assert run.result["wire_bytes"] < whole.result["wire_bytes"]
     assert run.result["text_bytes"] < whole.result["text_bytes"]
     assert run.result["shuffled_f1"] < 20

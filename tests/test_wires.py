@@ -322,7 +322,7 @@ def wires_of_mutated_tensors(wire: Path, count: int) -> Iterator[Path]:
     (
         (wires_of_mutated_configs, 20, 1),
         (wires_of_mutated_tensors, 3, 3),
-        pytest.param(wires_of_mutated_configs, 1000, 12, marks=pytest.mark.slow),
+        pytest.param(wires_of_mutated_configs, 1000, 40, marks=pytest.mark.slow),
         pytest.param(wires_of_mutated_tensors, 125, 125, marks=pytest.mark.slow),
     ),
 )

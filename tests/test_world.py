@@ -1,11 +1,13 @@
 """The embedded world and its two readers keep what the README promises of them."""
 
 import functools
+import itertools
 import json
 import random
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,23 +199,15 @@ def test_real_text_gives_questions_that_its_window_answers(real_text):
             assert asked and all(answer in window for _, answer in asked), (window, asked)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", pretrain.FAMILIES)
-def test_an_untrained_reader_has_the_shape_of_the_shipped_one(name, real_text):
-    tokenizer, model = pretrain.build(name, pretrain.RealText(*real_text), None)
-    assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(TINY / name).num_parameters()
-    text = "Ada paid 25 kroner for a café."
-    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-
-
-def test_interrupted_pretraining_ends_where_an_unbroken_one_does(tmp_path, monkeypatch, real_text):
+@pytest.mark.parametrize("build", (build_small, pytest.param(pretrain.build, marks=pytest.mark.slow)))
+def test_interrupted_pretraining_ends_where_an_unbroken_one_does(build, tmp_path, monkeypatch, real_text):
     def pretrain_run(out, *flags):
         sizes = ["--steps", "8", "--batch-tokens", "512", "--out", str(out)]
         files = ["--squad", str(real_text[0]), "--stories", str(real_text[1])]
         monkeypatch.setattr("sys.argv", ["pretrain.py", "tiny-qwen", *sizes, *files, *flags])
         pretrain.main()
 
-    monkeypatch.setattr(pretrain, "build", build_small)
+    monkeypatch.setattr(pretrain, "build", build)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # a minute and a half a run
     monkeypatch.setattr(pretrain, "POOL", 28)  # two rows for 512 tokens
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)  # pools
@@ -233,3 +227,21 @@ def test_interrupted_pretraining_ends_where_an_unbroken_one_does(tmp_path, monke
     pretrain_run(tmp_path / "broken", "--resume")
     whole, broken = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "broken"))
     assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_pretraining_for_some_minutes_ends_when_they_are_over(tmp_path, monkeypatch, capsys, real_text):
+    monkeypatch.setattr(pretrain, "build", build_small)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    ticks, shares = itertools.count(), []
+    monkeypatch.setattr(pretrain, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))  # a second a look
+    monkeypatch.setattr(pretrain, "learning_rate", lambda peak, step, done: shares.append(done) or peak)
+    files = ["--squad", str(real_text[0]), "--stories", str(real_text[1]), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "tiny-qwen", "--minutes", "0.1", "--batch-tokens", "512", *files])
+    pretrain.main()
+    assert sorted(set(shares)) == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+    assert (tmp_path / "model.safetensors").exists()
+    for minutes in ("0", "-1"):
+        monkeypatch.setattr("sys.argv", ["pretrain.py", "tiny-qwen", "--minutes", minutes, *files])
+        with pytest.raises(SystemExit, match="2"):
+            pretrain.main()
+        assert "--steps, --minutes and --lr must be above 0" in capsys.readouterr().err
