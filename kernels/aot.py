@@ -68,10 +68,10 @@ def record(arch: int, dtype: torch.dtype, N: int = 65536) -> list[tuple[str, obj
         for d, k in ((192, 24), (192, 60), (4096, 100), (4096, 512)):  # small readers, --code-dim 100, a 7B model
             x, codes, mean, components, weight = empty(N, d), empty(N, k), empty(d), empty(d, k), empty(k, d)
             ids, code_scale = empty(N, dtype=torch.int64), empty(dtype=torch.float32)
-            label = f"project d {d} k {k}"
-            fused.fused(x, None, None, mean, components, None, None, None, EPS)
             if k > adapter.WIDEST[dtype.itemsize]:
                 continue
+            label = f"project d {d} k {k}"
+            fused.fused(x, None, None, mean, components, None, None, None, EPS)
             label = f"fused x d {d} k {k}"
             fused.fused(x, None, None, mean, components, weight, mean, one, EPS)
             label = f"fused ids d {d} k {k}"

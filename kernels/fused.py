@@ -1,8 +1,7 @@
 """The operator's three Triton kernels and their launches: one that fuses all of it, one norm, one backward.
 
 adapter.py has the equation, and imports this where Triton runs. BM rows (tokens) by BN of the d columns at a time; BK
-holds all of the k codes, unless they are the output. Loads outside a matrix give 0. Rows are counted in 64 bits,
-because N d may exceed 2^31.
+holds all of the k codes. Loads outside a matrix give 0. Rows are counted in 64 bits, because N d may exceed 2^31.
 
 An argument that is None is left out when a kernel is compiled, and with it the code under `if ... is None`. N is not
 specialised: every batch has another, and a new kernel in mid-training would take seconds.
@@ -50,13 +49,13 @@ def _fused_kernel(
     """z = (x - mean) @ components, out = z @ weight + bias scaled to its target: BM tokens, all d columns.
 
     components have zeros behind column k; None: x are codes [N, k], divided by code_scale. With ids, token i reads row
-    ids[i] of x. weight None: out are the codes, BK columns a program. z stays on the chip. y is stored while its
-    squares are summed, and the same program then scales its rows, which come back from the L2 cache.
+    ids[i] of x. weight None: out are the codes. z stays on the chip. y is stored while its squares are summed, and the
+    same program then scales its rows, which come back from the L2 cache.
     """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = rows < N
     source = rows if ids is None else tl.load(ids + rows, mask=live, other=0).to(tl.int64)
-    inner = tl.program_id(1) * BK + tl.arange(0, BK)
+    inner = tl.arange(0, BK)
     if components is None:
         mask = live[:, None] & (inner[None, :] < k)
         z = tl.load(x + source[:, None] * x_row + inner[None, :] * x_col, mask=mask, other=0.0)
@@ -142,11 +141,9 @@ def _unmatch_rms_kernel(g, out, target, scale, dy, d, g_row, g_col, out_row, tar
 # these launches for sm_80, sm_89 and sm_90 and counts registers.
 
 
-def _tiles(k: int, like: Tensor, to_codes: bool) -> dict[str, int]:
+def _tiles(k: int, like: Tensor) -> dict[str, int]:
     """Of the fused kernel. z [BM, BK] and two blocks of the weight [BK, BN] must fit into shared memory."""
     BK = max(16, triton.next_power_of_2(k))  # tensor cores multiply 16 at a time
-    if to_codes:
-        return {"BM": 64, "BN": 128 // like.itemsize, "BK": min(128, BK), "num_warps": 8, "num_stages": 3}
     if like.itemsize == 4:  # three TF32 products for one, unrolled: larger blocks spill
         return {"BM": 32, "BN": 32, "BK": BK, "num_warps": 4, "num_stages": 2}
     for BM, BN in ((64, 64), (64, 32), (32, 32)):
@@ -193,13 +190,13 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tenso
 def fused(x, ids, code_scale, mean, components, weight, bias, target, eps: float) -> tuple[Tensor, Tensor | None]:
     """(out, scale) of adapter.py's equation from x, from codes if components is None; (codes, None) without weight."""
     k, width = (components.shape[1],) * 2 if weight is None else weight.shape
-    x, tiles, N = _near(x), _tiles(k, x, weight is None), len(x) if ids is None else len(ids)
+    x, tiles, N = _near(x), _tiles(k, x), len(x) if ids is None else len(ids)
     out, scale = _empty(x, N, width), None if weight is None else _empty(x, N, 1, dtype=torch.float32)
     ids, mean, bias = (None if vector is None else vector.contiguous() for vector in (ids, mean, bias))
     if components is not None:
         components = F.pad(components, (0, -k % tiles["BK"])).contiguous()  # aligned rows, or k 100 loads one by one
     with _on_device(x):
-        _fused_kernel[(triton.cdiv(N, tiles["BM"]), triton.cdiv(k, tiles["BK"]))](
+        _fused_kernel[(triton.cdiv(N, tiles["BM"]),)](
             x, ids, code_scale, mean, components, weight, bias, target, out, scale,
             N, x.shape[1] if weight is None else width, k, eps, *x.stride(),
             0 if components is None else components.stride(0), *((0, 0) if weight is None else weight.stride()),
