@@ -19,21 +19,23 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from plumbing import hub
 from plumbing.data import Data
-from plumbing.hub import GenerationConfig, find_model
 from plumbing.launch import UserError
 from plumbing.models import check_embeddings, checkpoint_layers, load_llm
 from plumbing.processes import map_over_processes
 from plumbing.spelling import Spelling, tokenize
+
+if TYPE_CHECKING:
+    import transformers
 
 IGNORE = -100  # a label that the loss skips
 MAX_NEW_TOKENS = 32  # of an answer
@@ -49,7 +51,7 @@ class Reader:
 
     name: str  # as the user gave it
     model: torch.nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: "transformers.PreTrainedTokenizerBase"
     table: Tensor  # [V, d] float32: what the LLM takes as inputs_embeds for each token
     context_tokens: int
     fingerprint: str
@@ -94,9 +96,9 @@ def load_reader(
     checkpointing: compute layers twice to save memory; split: the layers over all GPUs. Raises UserError for a model
     that is not there, does not load or fit, or cannot have a wire put before it (plumbing/models.py).
     """
-    tokenizer, model = load_llm(name, find_model(name), device, dtype, split)
+    tokenizer, model = load_llm(name, hub.find_model(name), device, dtype, split)
     # greedy means greedy: a repetition penalty from the model's own file would punish copying, but only from text
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    model.generation_config = hub.GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.requires_grad_(False).eval()  # frozen: only what a stage builds itself is ever trained
     if checkpointing:
         checkpoint_layers(model)
@@ -359,7 +361,7 @@ def generate(
     """
     fill = reader.tokenizer.pad_token_id
     fill = fill if fill is not None else (reader.eos_ids or [0])[0]
-    settings = GenerationConfig(
+    settings = hub.GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=fill, eos_token_id=reader.eos_ids or None
     )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together; the largest first

@@ -4,17 +4,24 @@ import errno
 import os
 from pathlib import Path
 
-import transformers
-
 from plumbing.launch import ROOT, UserError
 
-# transformers looks for a package that is also called kernels, and would find this project's folder
-transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_, **__: False
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
-from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
+def __getattr__(name: str):
+    """transformers, or a class of it, imported at its first use: that takes two seconds, and a sender needs none."""
+    if name not in (
+        "transformers", "AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "GradientCheckpointingLayer",
+    ):  # fmt: skip
+        raise AttributeError(name)
+    import transformers
 
-__all__ = ["AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "GradientCheckpointingLayer", "find_model"]
+    # transformers looks for a package that is also called kernels, and would find this project's folder
+    nothing = transformers.utils.import_utils.is_kernels_available = lambda *_, **__: False
+    transformers.utils.is_kernels_available = nothing
+    if name == "GradientCheckpointingLayer":
+        return transformers.modeling_layers.GradientCheckpointingLayer
+    return transformers if name == "transformers" else getattr(transformers, name)
+
 
 # alias -> hub id, or the directory of an embedded reader
 MODELS = {

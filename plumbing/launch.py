@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import importlib.metadata
 import os
 import platform
 import random
@@ -15,9 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
-import transformers
 
 from plumbing.processes import join_processes, rank
 
@@ -158,8 +157,8 @@ def seed_everything(seed: int, device: torch.device) -> None:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    return found | {"numpy": np.__version__, "safetensors": safetensors.__version__}
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    return found | {name: importlib.metadata.version(name) for name in ("transformers", "numpy", "safetensors")}
 
 
 @functools.cache

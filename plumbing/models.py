@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.utils.checkpoint
-import transformers
 from torch import Tensor
 
-from plumbing.hub import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GradientCheckpointingLayer
+from plumbing import hub
 from plumbing.launch import UserError, is_out_of_memory, name_of
 from plumbing.wires import mark_as_read
 
@@ -56,13 +55,13 @@ def load_llm(name: str, directory: Path, device: torch.device, dtype: torch.dtyp
     mark_as_read(directory)
     check_directory(name, directory)
     check_weights(name, directory, dtype, device, split)
-    transformers.utils.logging.disable_progress_bar()  # stderr is for errors
+    hub.transformers.utils.logging.disable_progress_bar()  # stderr is for errors
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it explains itself at every layer in 8 bits
     local = dict(local_files_only=True, trust_remote_code=False)
     weights = dict(use_safetensors=True, dtype=dtype, output_loading_info=True, device_map="auto" if split else None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, **local)
-        model, loaded = AutoModelForCausalLM.from_pretrained(directory, **local, **weights)
+        tokenizer = hub.AutoTokenizer.from_pretrained(directory, **local)
+        model, loaded = hub.AutoModelForCausalLM.from_pretrained(directory, **local, **weights)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -180,7 +179,7 @@ def check_embeddings(reader: Reader, prompt: list[int]) -> None:
     behind[1, shorter:], before[1, :hidden] = 0, 0
     embeddings = reader.table[prompts]  # [2, L, d]
     padded = torch.cat([embeddings[0].mean(0).expand(hidden, -1), embeddings[1, :shorter]])  # padding is no token's
-    settings = GenerationConfig(
+    settings = hub.GenerationConfig(
         max_new_tokens=2, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
 
@@ -231,7 +230,7 @@ def checkpoint_layers(model: torch.nn.Module, on: bool = True) -> None:
     transformers' own gradient checkpointing needs training mode, and with it the dropout of GPT-2 or OPT. Raises
     UserError if the architecture's layers are not marked for checkpointing.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in model.modules() if isinstance(module, hub.GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"--gradient-checkpointing: the layers of a {type(model).__name__} cannot be told apart")
     for layer in layers:

@@ -24,7 +24,6 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import kernels.adapter  # noqa: F401  registers torch.ops.latentwire
 from common import IGNORE, MAX_NEW_TOKENS, PCA, Batch, Reader, answer_logits, embedding_table
-from plumbing.hub import MODELS
+from plumbing.hub import MODELS, transformers
 from plumbing.launch import ROOT, UserError, commit, name_of, set_up, versions
 from plumbing.models import check_memory, checkpoint_layers
 from plumbing.report import print_table, rounded

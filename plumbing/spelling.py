@@ -9,11 +9,11 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import transformers
-
 from plumbing.launch import UserError
 
 if TYPE_CHECKING:
+    import transformers
+
     from common import Reader
 
 
