@@ -1,46 +1,38 @@
-"""Stage 3: the full pipeline. One message, a quarter of the text's bytes, and every LLM with a stage-2 wire reads it.
+"""Stage 3: the full pipeline. One message, a quarter of the text's bytes, and every causal LM reads it.
 
-    text -> encoder -> index of each code [M] -> predictor, arithmetic coder -> message        the sender: no LLM
-            stage 2    its codebook: known       learned: the next index
+    text -> pieces -> index of each [M] -> predictor, arithmetic coder -> message                    the sender: no LLM
+            known     known: what comes next   learned: the next index
 
-    message -> indices [M] -> text -> the encoder, codes [L,k] and adapter of this LLM -> frozen LLM       a receiver
-                 bit-exact            stage 2: proven                                     the answer
+    message -> the same indices [M] -> the same text -> the LLM's own tokenizer -> frozen LLM        a receiver
+               bit-exact               bit-exact        known                      the answer
 
-A latent is the index of a code that stage 2 has proven: a number of twelve bits, most of them predictable from the
-latents before it. So this stage learns to predict them, and the target is known: the index that comes next. An
-arithmetic coder turns a prediction into bits, a likely index into few. The predictor looks at the last 8 indices, at
-the index that followed when the last 4, 2 and 1 of them stood in this message before (names come back), and at which
-indices the message has held at all. It is trained in floating point and used in integers, so that every machine
-predicts the same.
+A latent is the index of a piece of text: a number of thirteen bits, most of them predictable from the latents before
+it. So this stage learns to predict them, and the target is known: the index that comes next. An arithmetic coder turns
+a prediction into bits, a likely index into few. The predictor sees the last 8 indices, the indices that followed the
+last 4, 2 and 1 of them where they stood in this message before (names come back), and whether a piece was in the
+message already. It is trained in floating point and used in integers, so that every machine predicts the same.
 
-A code whose token differs from the bytes it stands for is sent as those bytes. So any text arrives, bit for bit: two
-receivers lose nothing against one, whatever their tokenizers, and a third joins without training the sender again.
-
-A receiver may also read fewer positions than tokens (--receiver direct): see stage3/direct.py.
-
-Tried with earlier readers, and lost: latents learned from scratch, fixed spans of 4 or 8 bytes in 4-bit numbers (a
-fifth of the bytes wrong at 107 bytes a prompt, after 500 steps of 32); counts of pairs of indices instead of a
-network (50 bytes a prompt, the network needs 30, and the frame is 10 more); a nearby code where that saves bits (F1
-falls from 95 to 83 before a byte is saved: names cost most of the bytes, and questions ask for names).
+The pieces are the sender's own, learned from its training texts; among them is every byte, so any text arrives, bit for
+bit. What arrives is text, so an LLM reads it as it reads any: nothing is trained for a receiver, two lose nothing
+against one, and F1 through the wire is F1 from text.
 
     python stage3_full.py                                                   # both readers; README has the scores
+    python stage3_full.py --corpus squad FILE.txt                           # a sender that knows English, too
     python stage3_full.py --eval-only tiny/wires/stage3 --model tiny-qwen   # the shipped wire, one receiver
-    python stage3_full.py --send "Pergalan sells olive oil." --wire-carries context > message
+    python stage3_full.py --send "Pergalan sells olive oil." > message
     python stage3_full.py --receive message --model tiny-qwen --question "What does Pergalan sell?"
 
-Letters: N bytes of a text, M latents of a message, V of the sender's codebook, n positions in a batch, L tokens of a
-prompt, d LLM embedding width, k code width.
+Letters: M latents of a message, V pieces, G groups of them, n positions in a batch, L tokens of a prompt, d LLM
+embedding width.
 """
 
 import plumbing.early  # noqa: F401
 
 # isort: split
-import functools
-import hashlib
-import math
+import base64
 import random
+import re
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,45 +40,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (
-    PROMPT,
-    Prompt,
-    Reader,
-    as_prompt,
-    check_prompts,
-    generate,
-    load_reader,
-    sent_prompt,
-    to_bytes,
-)
-from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_float
-from plumbing.data import Data, halve_windows, load_data
-from plumbing.kinds import ANYTHING, FLAG, TEXT, Many, one_of
+from common import PROMPT, Prompt, Reader, check_prompts, generate, load_reader, make_prompt, sent_prompt
+from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved
+from plumbing.data import Data, halve_windows, load_data, read_texts
+from plumbing.kinds import ANYTHING, TEXT, Many, one_of
 from plumbing.launch import UserError, launch, pick_device, pick_dtype, set_up
-from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
 from plumbing.report import finish
-from plumbing.spelling import odd_text, pieces_of, words_of
+from plumbing.spelling import learn_pieces, odd_text, tokenize, words_of
 from plumbing.training import Run, identity, micro_batches
-from plumbing.wires import Contents, check_shapes, load_module, load_wire, open_out
-from stage2_encoder import Encoder, pack_texts
-from stage2_encoder import Wire as Stage2Wire
+from plumbing.wires import Contents, SavedWire, check_shapes, load_wire, open_out
 from stage3.evaluation import measure, message_rows
-from stage3.message import (
-    BROKEN,
-    CARRIES,
-    MAX_TEXT,
-    FromBits,
-    IntegerPredictor,
-    Message,
-    inflate,
-    pack,
-    split_question,
-    to_bits,
-    unpack,
-    with_question,
-)
-from stage3.receivers import RECEIVER, add_receivers, entry_of, load_receiver, spelling_tensors
+from stage3.message import CARRIES, MAX_TEXT, split_question, with_question
+from stage3.sender import CONTEXT, MEMBERS, ORDERS, SLOTS, History, Pieces, Sender
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -95,303 +61,208 @@ STAGE = "stage3"
 CONFIG = dict(
     model="both readers",  # what is trained does not depend on it; --model NAME measures one receiver
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=1200,  # 25 minutes with one thread, evaluation included
-    batch_size=32,  # texts a step, one in eight of them odd
-    lr=2e-3,  # peak
-    stage2=["tiny/wires/stage2", "tiny/wires/stage2-qwen"],  # one wire a receiver; the first one's encoder sends
-    without=None,  # an ablation: the part of the predictor that is left out
+    corpus=[],  # other texts that the sender learns: a third of each step
+    steps=10000,  # half an hour with one thread, evaluation included
+    batch_size=16,  # texts a step, one of them odd
+    lr=3e-3,  # peak
 )
-FIXED_BY_WIRE = ("data", "stage2", "without")  # --eval-only reads these from the wire
+FIXED_BY_WIRE = ("data", "corpus")  # --eval-only reads these from the wire
+BOTH = ("tiny", "tiny-qwen")
 SHIPPED = "tiny/wires/stage3"
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.01
-CONTEXT, ORDERS = 8, (4, 2, 1)  # indices that the predictor sees; how many must match for it to see what followed
-WIDTH, HIDDEN = 32, 256  # of an index's embedding; of the predictor's only hidden layer
-ABLATIONS = ("copies", "context", "prediction")
-DIRECT_ABLATIONS = ("states", "teacher")
-WIRE = Contents(  # what is saved; anything else is refused
-    config={
-        "receivers": Many(RECEIVER, 1), "stage2": Many(TEXT, 1), "without": one_of(None, *ABLATIONS),
-        "wire_carries": one_of(*CARRIES), "receiver?": one_of("unpack", "direct"), "rate?": FLAG,
-        "untaught?": FLAG, "others?": Many(ANYTHING),
-    },
+PIECES, PIECE_TEXTS = 8192, 8_000  # V; texts that they are learned from
+LONGEST = 4000  # characters of a text that is learned
+WIDTH, HIDDEN = 96, 384  # of an index's embedding; of the predictor's only hidden layer
+OTHER = {"metrics": {"model": TEXT, "*": ANYTHING}, "controls": ANYTHING}  # the results of one more receiver
+WIRE = Contents(  # what is saved; anything else is refused. o: groups, and what copies and what was seen add
+    config={"corpus": Many(TEXT), "wire_carries": one_of(*CARRIES), "others": Many(OTHER)},
     tensors={
-        "sender.lengths": "V uint8", "sender.spelled": "n uint8", "sender.predictor.embedding.weight": "u W int16",
-        "receiver0.adapter.keys": "V k float32",
+        "pieces.lengths": "V uint8", "pieces.spelled": "n uint8", "predictor.embedding.weight": "u W int16",
+        "predictor.hidden.weight": "H S int16", "predictor.hidden.bias": "H int16",
+        "predictor.group.weight": "o H int16", "predictor.group.bias": "o int16",
+        "predictor.members.weight": "V H int16", "predictor.members.bias": "V int16",
+        "predictor.exponential": "E int32",
     },
 )  # fmt: skip
-PREDICTOR = {  # the predictor in integers: u, W of the embedding, H of the hidden layer, S and o of its ends
-    "embedding.weight": "u W int16", "hidden.weight": "H S int16", "hidden.bias": "H int16",
-    "out.weight": "o H int16", "out.bias": "o int16", "exponential": "E int64",
-}  # fmt: skip
 
 
 def parse_arguments():
     parser = Parser(description=__doc__.split("\n")[0])
     add_arguments(parser, STAGE, CONFIG)
     add = parser.add_argument
-    joining = "trained stage-2 wires, one a receiver; the first one's sends. With --eval-only: receivers that join"
-    add("--stage2", metavar="WIRE_DIR", nargs="+", help=joining)
+    add("--corpus", metavar="FILE", nargs="+", help="other texts to learn: .txt, .json, .jsonl as --data, or squad")
     add("--wire-carries", choices=CARRIES, help="what travels: the whole prompt, or all but the question")
-    add("--without", choices=ABLATIONS + DIRECT_ABLATIONS, help="an ablation: leave this part of the training out")
-    direct = "the LLM reads every token of a context, or fewer positions: trained on top of --wire, for --model"
-    add("--receiver", choices=("unpack", "direct"), default="unpack", help=direct)
-    add("--rate", type=positive_float, help="of a direct receiver: tokens of a context a position (default: 2)")
-    add("--send", metavar="TEXT|FILE", help="write the message of a text to standard output; no LLM")
-    add("--receive", metavar="FILE", help="print what --model answers to a message ('-': standard input)")
+    add("--send", metavar="TEXT|FILE|-", help="write the message of a text to standard output; no LLM")
+    add("--send-lines", metavar="FILE|-", help="write the message of each line, in base64, as a line; no LLM")
+    add("--receive", metavar="FILE|-", help="print what --model answers to a message ('-': standard input)")
     add("--question", help="to ask about a context that travels, or to send with one")
-    add("--wire", metavar="WIRE_DIR", help=f"for --send, --receive and --receiver direct; default: {SHIPPED}")
+    add("--wire", metavar="WIRE_DIR", help=f"for --send, --send-lines and --receive; default: {SHIPPED}")
     args = finish_arguments(parser)
-    direct, once = args.receiver == "direct", args.send is not None or args.receive is not None
-    if args.send is not None and args.receive is not None:
-        parser.error("--send and --receive are two processes: give one of them")
-    if args.wire and not once and (args.eval_only or not direct):
-        parser.error("--wire belongs to --send, --receive and the training of a --receiver direct; see --eval-only")
-    if args.rate is not None and not direct:
-        parser.error("--rate belongs to --receiver direct")
-    if args.without and direct != (args.without in DIRECT_ABLATIONS):
-        parser.error(f"--without {args.without} leaves nothing out of a --receiver {args.receiver}")
-    if args.question and not once:
-        parser.error("--question belongs to --send and --receive")
-    if direct:
-        from stage3.direct import check_arguments
-
-        check_arguments(args, parser)
+    once = [flag for flag in ("send", "send_lines", "receive") if getattr(args, flag) is not None]
+    if len(once) > 1:
+        parser.error("--send, --send-lines and --receive are separate processes: give one of them")
+    if not once and (args.wire or args.question):
+        flag = "--wire" if args.wire else "--question"
+        parser.error(f"{flag} belongs to --send, --send-lines and --receive; to measure a wire, see --eval-only")
     return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the predictor: which index comes next? Learned in floating point, used in integers (stage3/message.py).
-
-
-class History:
-    """What the predictor sees of the indices so far. Sender and receiver walk through the same ones."""
-
-    def __init__(self, vocabulary: int, without: str | None):
-        self.nothing, self.without, self.ids, self.followers = vocabulary, without, [], {}
-
-    def features(self) -> tuple[list[int], list[int]]:
-        """(the last CONTEXT indices, the ones that followed the last 4, 2, 1 earlier); V where there is none."""
-        last = self.ids[-CONTEXT:]
-        last = [self.nothing] * (CONTEXT - len(last)) + last
-        if self.without == "context":
-            last = [self.nothing] * CONTEXT
-        return last, [self.followers.get(tuple(self.ids[-n:]), self.nothing) for n in ORDERS]
-
-    def add(self, index: int) -> None:
-        for n in ORDERS:
-            if len(self.ids) >= n and self.without != "copies":
-                self.followers[tuple(self.ids[-n:])] = index
-        self.ids.append(index)
-
-
-def features(ids: list[int], vocabulary: int, without: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(contexts [n,CONTEXT], copies [n,ORDERS], seen [n,V] bool) in front of each of n indices."""
-    history, contexts, copies = History(vocabulary, without), [], []
-    first = np.full(vocabulary, len(ids))
-    for place, index in enumerate(ids):
-        context, copy = history.features()
-        contexts.append(context)
-        copies.append(copy)
-        history.add(index)
-        first[index] = min(first[index], place)
-    seen = (first < np.arange(len(ids))[:, None]) & (without != "copies")
-    return np.array(contexts), np.array(copies), seen
+# the predictor: which index comes next? Learned in floating point, used in integers (stage3/sender.py).
 
 
 class Predictor(nn.Module):
-    """An n-gram network with one hidden layer, and with weights for copying earlier indices of the message."""
+    """An n-gram network with one hidden layer, and with weights for copying earlier pieces of the message.
+
+    An index is group * MEMBERS + member, so that a latent costs two softmaxes, over the groups and over the members of
+    one, whatever the number of pieces (Goodman 2001). Pieces in alphabetical order make the groups.
+    """
 
     def __init__(self, vocabulary: int):
         super().__init__()
-        seen = CONTEXT + len(ORDERS)
-        self.vocabulary = vocabulary
+        self.nothing, self.groups = vocabulary, vocabulary // MEMBERS
         self.embedding = nn.Embedding(vocabulary + 1, WIDTH)
-        self.hidden = nn.Linear(seen * WIDTH, HIDDEN)
-        self.out = nn.Linear(HIDDEN, vocabulary + len(ORDERS) + 1)
+        nn.init.normal_(self.embedding.weight, std=0.3)
+        self.hidden = nn.Linear(SLOTS * WIDTH, HIDDEN)
+        # the groups; what each of the copies adds to its group, and to itself there; what having been seen adds
+        self.group = nn.Linear(HIDDEN, self.groups + 2 * len(ORDERS) + 1)
+        self.members = nn.Linear(HIDDEN, vocabulary)
 
-    def forward(self, contexts: Tensor, copies: Tensor, seen: Tensor) -> Tensor:
-        """contexts [n,CONTEXT], copies [n,ORDERS] (V: none), seen [n,V]. Returns logits [n,V]."""
-        V = self.vocabulary
-        x = self.embedding(torch.cat([contexts, copies], 1)).flatten(1)
-        y = self.out(F.relu(self.hidden(x)))
-        logits = F.pad(y[:, :V], (0, 1)).scatter_add(1, copies, y[:, V:-1])  # a copy of nothing adds to column V
-        return logits[:, :V] + y[:, -1:] * seen
-
-
-def index_loss(predictor: Predictor, lists: list[list[int]], without: str | None, positions: int) -> Tensor:
-    """Cross-entropy (scalar, nats) of the index that comes next, summed and divided by the step's positions."""
-    device = predictor.embedding.weight.device
-    seen = [features(ids, predictor.vocabulary, without) for ids in lists]
-    inputs = (torch.from_numpy(np.concatenate(arrays)).to(device) for arrays in zip(*seen, strict=True))
-    targets = torch.tensor([index for ids in lists for index in ids], device=device)
-    return F.cross_entropy(predictor(*inputs), targets, reduction="sum") / positions
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the sender: text -> message, with no LLM and no tokenizer; and back, which every receiver starts with
-
-
-class Codec:
-    """Text <-> message. Made from a wire's tensors alone: those of the sender, encoder and codebook of receiver 0."""
-
-    def __init__(self, tensors: dict[str, Tensor], without: str | None, device: torch.device):
-        own = {name.removeprefix("sender."): t for name, t in tensors.items() if name.startswith("sender.")}
-        self.device, self.keys = device, tensors["receiver0.adapter.keys"].to(device)
-        self.encoder = Encoder(self.keys.shape[1]).to(device).eval()
-        load_module(self.encoder, "receiver0.encoder.", tensors, "the wire")
-        at, self.pieces, spelled = 0, [], own["spelled"].numpy().tobytes()
-        for length in own["lengths"].tolist():
-            self.pieces.append(spelled[at : at + length])
-            at += length
-        self.index = {piece: index for index, piece in enumerate(self.pieces) if piece}
-        if at != len(spelled) or not {bytes([byte]) for byte in range(256)} <= self.index.keys():
-            raise UserError("the wire's sender.lengths and sender.spelled do not spell every byte: it cannot send")
-        self.spells = torch.tensor([bool(piece) for piece in self.pieces], device=device)
-        self.predictor, self.without = None, without
-        digest = hashlib.sha256(repr(without).encode())
-        if "predictor.embedding.weight" in own:
-            predictor = {n.removeprefix("predictor."): t for n, t in own.items() if n.startswith("predictor.")}
-            V = len(self.pieces)
-            sizes = dict(u=V + 1, W=WIDTH, H=HIDDEN, S=(CONTEXT + len(ORDERS)) * WIDTH, o=V + len(ORDERS) + 1)
-            check_shapes("the wire", predictor, PREDICTOR, **sizes)
-            self.predictor = IntegerPredictor(predictor, without)
-            for name in sorted(predictor):
-                array = predictor[name].numpy()
-                digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
-        digest.update(own["lengths"].numpy().tobytes() + spelled)
-        self.fingerprint = digest.digest()[:2]  # of all that sender and receiver must share
-        # an evaluation sends and reads each text several times
-        self.send, self.text = functools.lru_cache(4096)(self.send), functools.lru_cache(4096)(self.text)
+    def forward(self, sees: Tensor, seen: Tensor, targets: Tensor) -> Tensor:
+        """sees [n,SLOTS] of `History`, seen [n,MEMBERS] of the target's group, targets [n]. Returns NLL [n] in nats."""
+        h = F.relu(self.hidden(self.embedding(sees).flatten(1)))
+        groups, to_group, to_member, to_seen = self.group(h).split([self.groups, *2 * [len(ORDERS)], 1], 1)
+        copies = sees[:, CONTEXT:]
+        groups = F.pad(groups, (0, 1)).scatter_add(1, copies // MEMBERS, to_group)[:, :-1]  # a copy of nothing is cut
+        group, member = targets // MEMBERS, targets % MEMBERS
+        order = group.argsort()
+        parts = h[order].split(group.bincount(minlength=self.groups).tolist())
+        weights = self.members.weight.view(-1, MEMBERS, HIDDEN)
+        logits = torch.cat([part @ weight.T for part, weight in zip(parts, weights, strict=True)])[order.argsort()]
+        logits = logits + self.members.bias.view(-1, MEMBERS)[group] + to_seen * seen
+        same = copies // MEMBERS == group[:, None]
+        logits = logits.scatter_add(1, copies % MEMBERS, to_member * same)
+        return F.cross_entropy(groups, group, reduction="none") + F.cross_entropy(logits, member, reduction="none")
 
     @torch.no_grad()
-    def latents(self, texts: list[str]) -> list[list[int]]:
-        """For each text the indices [M] of codes, whose pieces spell it. Raises UserError for half a surrogate pair."""
-        data = to_bytes(texts, self.device)
-        real = data < 256
-        line, real_line = pack_texts(data, real)
-        logits = self.encoder(line)
-        is_end = torch.zeros_like(real).masked_scatter(real, logits[real_line] > 0)
-        is_end[torch.arange(len(data), device=data.device), real.sum(1) - 1] = True
-        z = self.encoder.codes(data, is_end)  # [n,k]
-        distance = self.keys.square().sum(1) - 2 * z @ self.keys.T  # [n,V], without the part that all keys share
-        nearest = distance.masked_fill(~self.spells, math.inf).argmin(1).tolist()
-        lists, at = [], 0
-        for text, ends in zip(texts, is_end, strict=True):
-            raw, ids, start = text.encode(), [], 0
-            for end in (ends.nonzero()[:, 0] + 1).tolist():
-                piece = raw[start:end]
-                index = nearest[at] if self.pieces[nearest[at]] == piece else self.index.get(piece)
-                ids += [index] if index is not None else [self.index[bytes([byte])] for byte in piece]
-                at, start = at + 1, end
-            lists.append(ids)
-        return lists
+    def integers(self) -> dict[str, Tensor]:
+        """Weights as whole numbers of 2^-12, and exp(-i/64) as whole numbers of 2^-20: a wire's file holds both."""
+        whole = {
+            f"predictor.{name}": (tensor.cpu().double() * 2**12).round().clamp(-32768, 32767).to(torch.int16)
+            for name, tensor in self.state_dict().items()
+        }
+        exponential = torch.exp(-torch.arange(1024).double() / 64) * 2**20
+        return whole | {"predictor.exponential": exponential.round().clamp(min=1).int()}
 
-    def intervals(self, ids: list[int]) -> list[tuple[int, int, int]]:
-        """What the predictor gives each latent: the interval [start, end) of a total."""
-        contexts, copies, seen = features(ids, len(self.pieces), self.without)
-        intervals = []
-        for at in range(0, len(ids), 512):
-            part = slice(at, at + 512)
-            ends = self.predictor.frequencies(contexts[part], copies[part], seen[part]).cumsum(1)
-            for row, index in zip(ends, ids[part], strict=True):
-                intervals.append((int(row[index - 1]) if index else 0, int(row[index]), int(row[-1])))
-        return intervals
 
-    def send(self, text: str, carries: str) -> bytes:
-        """Text -> message. Raises UserError for half a surrogate pair and for more than MAX_TEXT bytes."""
-        if len(text) > MAX_TEXT or len(text.encode(errors="replace")) > MAX_TEXT:
-            raise UserError(f"the text is longer than the {MAX_TEXT} bytes that a message may hold: cut it")
-        ids = self.latents([text])[0] if text else []
-        deflated = pack(Message(carries, 0, zlib.compress(text.encode(), 9)), self.fingerprint)
-        coded = pack(Message(carries, len(ids), to_bits(self.intervals(ids))), self.fingerprint) if ids else deflated
-        return min(coded, deflated, key=len)
+def features(indices: list[int], nothing: int) -> tuple[np.ndarray, np.ndarray]:
+    """(sees [M,SLOTS], seen [M,MEMBERS] of the group of the index that comes) in front of each of M indices."""
+    history, sees = History(nothing), []
+    first = {}
+    seen = np.zeros((len(indices), MEMBERS), np.float32)
+    for place, index in enumerate(indices):
+        sees.append(history.sees())
+        history.add(index)
+        members = first.setdefault(index // MEMBERS, set())
+        seen[place, list(members)] = 1
+        members.add(index % MEMBERS)
+    return np.array(sees), seen
 
-    def text(self, data: bytes) -> tuple[str, str]:
-        """(text, what travels) of a message. Raises UserError for anything but a whole message of this wire."""
-        message = unpack(data, self.fingerprint)
-        raw = self.decode(message) if message.latents else inflate(message.payload)
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError:
-            raise UserError(BROKEN) from None
-        if len(raw) > MAX_TEXT:
-            raise UserError(BROKEN)
-        return text, message.carries
 
-    def decode(self, message: Message) -> bytes:
-        """The bytes that the latents of a message spell."""
-        history, bits = History(len(self.pieces), self.without), FromBits(message.payload)
-        seen, parts, size = np.zeros((1, len(self.pieces)), bool), [], 0
-        for _ in range(message.latents):
-            context, copy = history.features()
-            ends = self.predictor.frequencies(np.array([context]), np.array([copy]), seen)[0].cumsum()
-            index = bits.next(ends)
-            size += len(self.pieces[index])
-            # a sender's latents end with the message: 64 bits beyond its end, it is broken
-            if not self.pieces[index] or size > MAX_TEXT or bits.read > 8 * len(message.payload) + 64:
-                raise UserError(BROKEN)
-            parts.append(self.pieces[index])
-            history.add(index)
-            seen[0, index] = self.without != "copies"
-        return b"".join(parts)
+def index_loss(predictor: Predictor, lists: list[list[int]], positions: int) -> Tensor:
+    """Cross-entropy (scalar, nats) of the index that comes next, summed and divided by the step's positions."""
+    device = predictor.embedding.weight.device
+    found = [features(indices, predictor.nothing) for indices in lists]
+    sees, seen = (torch.from_numpy(np.concatenate(arrays)).to(device) for arrays in zip(*found, strict=True))
+    targets = torch.tensor([index for indices in lists for index in indices], device=device)
+    return predictor(sees, seen, targets).sum() / positions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the wire: one sender and one of its receivers
+# the wire: one sender, and any causal LM
 
 
 class Wire:
     """A message, and behind it, where only a context travels, the question, which the receiver has as text."""
 
-    def __init__(self, codec: Codec, receiver: Stage2Wire, carries: str):
-        self.codec, self.receiver, self.carries, self.reader = codec, receiver, carries, receiver.reader
+    def __init__(self, sender: Sender, reader: Reader, carries: str):
+        self.sender, self.reader, self.carries = sender, reader, carries
 
     def send(self, prompt: Prompt) -> bytes:
         if self.carries == "prompt":
-            return self.codec.send(prompt.plain, "prompt")
-        return with_question(self.codec.send(prompt.context, "context"), prompt.question)
+            return self.sender.send(prompt.plain, "prompt")
+        return with_question(self.sender.send(prompt.context, "context"), prompt.question)
 
     def receive(self, received: bytes) -> Tensor:
         """Message, and question behind it -> embeddings [L,d]."""
-        if self.carries == "prompt":
-            return self.embeddings(received, None)
-        return self.embeddings(*split_question(received))
+        message, question = (received, None) if self.carries == "prompt" else split_question(received)
+        return self.reader.table[arrived(self.sender, self.reader, message, question).ids]
 
-    def embeddings(self, message: bytes, question: str | None) -> Tensor:
-        """Message [bytes], and the question where a context travels -> [L,d]. Raises UserError."""
-        text, carries = self.codec.text(message)
-        if (question is None) != (carries == "prompt"):
-            held = "a whole prompt: give no --question" if carries == "prompt" else "a context: give a --question"
-            raise UserError(f"the message holds {held}")
-        if question is not None:
-            text = PROMPT.format(context=text, question=question)
-        text = as_prompt(self.reader, text)
-        return self.receiver.receive(self.receiver.send(Prompt(text, [], False)))
+
+def arrived(sender: Sender, reader: Reader, message: bytes, question: str | None) -> Prompt:
+    """The prompt that an LLM reads from a message, and from the question where a context travels. Raises UserError."""
+    text, carries = sender.text(message)
+    if (question is None) != (carries == "prompt"):
+        held = "a whole prompt: give no --question" if carries == "prompt" else "a context: give a --question"
+        raise UserError(f"the message holds {held}")
+    if question is None:
+        before, after = PROMPT.removeprefix("{context}").split("{question}")
+        context, asked, question = text.removesuffix(after).rpartition(before)
+        if not (asked and text.endswith(after)):  # a window of plain text
+            return Prompt(text, tokenize(reader, text)[: reader.context_tokens], False)
+        text = context
+    return make_prompt(reader, text, question)
+
+
+def load_sender(wire: SavedWire) -> Sender:
+    """The sender of a trained wire. Raises UserError for tensors that do not fit together."""
+    V = len(wire.tensors["pieces.lengths"])
+    sizes = dict(V=V, u=V + 1, W=WIDTH, H=HIDDEN, S=SLOTS * WIDTH, o=V // MEMBERS + 2 * len(ORDERS) + 1, E=1024)
+    check_shapes(wire.name, wire.tensors, WIRE.tensors, **sizes)
+    if V % MEMBERS:
+        raise UserError(f"{wire.name}: {V} pieces do not make groups of {MEMBERS}")
+    return Sender(wire.tensors)
+
+
+def text_of(name: str, flag: str) -> str:
+    """The text of a file, of standard input ("-"), or the argument itself. Raises UserError."""
+    path = Path(name)
+    try:
+        if name == "-":
+            if sys.stdin is None:
+                raise UserError(f"{flag} -: standard input is closed; give the text there, or a file")
+            return sys.stdin.buffer.read().decode()
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{flag} {name}: it is not UTF-8; convert it first, e.g. with iconv") from None
+    except (OSError, ValueError):
+        pass  # a path cannot be so long or hold a zero: it is a text
+    return name
 
 
 def send_once(args) -> None:
-    """--send: text or file -> message on standard output."""
+    """--send and --send-lines: text -> message, or each line -> a line of base64, on standard output."""
     wire = load_wire(args.wire or SHIPPED, STAGE, WIRE)
-    text, path = args.send, Path(args.send)
-    try:
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"--send {args.send}: the file is not UTF-8") from None
-    except (OSError, ValueError):
-        pass  # a path cannot be so long or hold a zero: it is a text
-    if not text.strip():
-        raise UserError(f"--send {args.send!r}: there is no text to send")
-    if args.wire_carries != "context":
-        if not args.question:
-            raise UserError("--send of a whole prompt needs a --question; or --wire-carries context without one")
-        text = PROMPT.format(context=text, question=args.question)
-    elif args.question:
+    flag = "--send-lines" if args.send is None else "--send"
+    carries = args.wire_carries or ("prompt" if args.question else "context")
+    if carries == "prompt" and not args.question:
+        raise UserError(f"{flag} of a whole prompt needs a --question; without one, a context travels")
+    if carries == "context" and args.question:
         raise UserError("--wire-carries context leaves the question to the receiver: drop --question")
-    codec = Codec(wire.tensors, wire.config["without"], torch.device("cpu"))
+    if args.send is None and args.send_lines != "-" and not Path(args.send_lines).is_file():
+        raise UserError(f"--send-lines {args.send_lines}: no such file")
+    text = text_of(args.send_lines if args.send is None else args.send, flag)
+    if not text.strip():
+        raise UserError(f"{flag} {text[:60]!r}: there is no text to send")
     if sys.__stdout__ is None:
-        raise UserError("--send: standard output is closed, so the message has nowhere to go; redirect it to a file")
-    sys.stdout.buffer.write(codec.send(text, args.wire_carries or "prompt"))
+        raise UserError(f"{flag}: standard output is closed, so the message has nowhere to go; redirect it to a file")
+    sender, lines = load_sender(wire), [text] if args.send is not None else text.removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        message = sender.send(PROMPT.format(context=line, question=args.question) if args.question else line, carries)
+        sys.stdout.buffer.write(message if args.send is not None else base64.b64encode(message) + b"\n")
+        if number % 1000 == 0:
+            print(f"{number} of {len(lines)} lines", file=sys.stderr, flush=True)
     sys.stdout.buffer.flush()
 
 
@@ -405,18 +276,19 @@ def receive_once(args) -> None:
     else:
         with open(args.receive, "rb") as file:
             message = file.read(2 * MAX_TEXT)
-    codec = Codec(saved.tensors, saved.config["without"], torch.device("cpu"))
-    _, carries = codec.text(message)  # refused before an LLM is loaded
+    sender = load_sender(saved)
+    sender.text(message)  # refused before an LLM is loaded
     device, _ = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
-    reader = load_reader(args.model or saved.config["model"], device, dtype, split=args.device == "split")
-    entry = entry_of(saved.config["receivers"], reader, saved.name)
-    wire = Wire(codec, load_receiver(saved.tensors, entry, reader, saved.name), carries)
-    if args.receiver == "direct":
-        from stage3.direct import DirectWire
+    reader = load_reader(args.model or BOTH[0], device, dtype, split=args.device == "split")
+    prompt = arrived(sender, reader, message, args.question)
+    if prompt.truncated:
+        print(f"note: the context exceeds {reader.prompt_tokens} tokens: cut at its end", file=sys.stderr)
+    print(generate(reader, [prompt.ids], 1)[0])
 
-        wire = DirectWire.of(wire, saved.tensors, entry, args.rate, saved.name)
-    print(generate(reader, [message], 1, lambda data: wire.embeddings(data, args.question))[0])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# texts to learn from
 
 
 def load_texts(args, reader: Reader) -> Data:
@@ -424,7 +296,7 @@ def load_texts(args, reader: Reader) -> Data:
     data = load_data(args.data, reader, args.eval_examples)
     if data.kind == "text" and args.wire_carries == "context":
         raise UserError(f"--data {args.data}: plain text has no questions, so no context can travel without one; use "
-                        "--wire-carries prompt, and no --receiver direct")  # fmt: skip
+                        "--wire-carries prompt")  # fmt: skip
     halve_windows(args.data, data, reader)
     check_prompts(reader, data)
     for row in data.test:
@@ -436,70 +308,76 @@ def load_texts(args, reader: Reader) -> Data:
     return data
 
 
+def some_sentences(rng: random.Random, text: str) -> str:
+    """The text, or one to three sentences of it, so that short messages are learned, too."""
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+", text) if part.strip()]
+    if rng.random() < 0.5 or not sentences:
+        return text[:LONGEST]
+    at = rng.randrange(len(sentences))
+    return " ".join(sentences[at : at + rng.randint(1, 3)])[:LONGEST]
+
+
+def step_texts(args, step: int, data: Data, reader: Reader, corpus: list[str], count: int) -> list[str]:
+    """The texts of a step: a third of them from the corpus if there is one, one in sixteen odd."""
+    rng, learned = random.Random(f"{args.seed}-{step}"), count // 3 if corpus else 0
+    rows = data.train_rows(args.seed, step * (count - learned), count - learned)
+    texts = [sent_prompt(reader, row).plain if "ids" in row else PROMPT.format(**row)[:LONGEST] for row in rows]
+    texts += [some_sentences(rng, rng.choice(corpus)) for _ in range(learned)]
+    words = words_of(texts)
+    return [odd_text(rng, text, words) if i % 16 == 15 else text for i, text in enumerate(texts)]
+
+
 def main() -> None:
-    # -----------------------------------------------------------------------------------------------------------------
-    # setup: arguments, stage-2 wires, frozen LLMs, data
     args = parse_arguments()
-    if args.send is not None:
-        return send_once(args)
     if args.receive is not None:
         return receive_once(args)
-    if args.receiver == "direct":
-        from stage3 import direct
-
-        return direct.main(args)
-    saved, joining = None, []
-    if args.eval_only:
-        saved = load_wire(args.eval_only, STAGE, WIRE)
-        joining, args.stage2 = args.stage2 or [], None  # receivers that join a trained wire
-    merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
-    args.stage2, args.wire_carries = [*args.stage2, *joining], args.wire_carries or "prompt"
-    device, dtype = set_up(args)
-    tensors, receivers = (dict(saved.tensors), list(saved.config["receivers"])) if saved else ({}, [])
-    new, below = add_receivers(joining if saved else args.stage2, tensors, receivers)
-    names = [args.model] if saved and args.model else [entry["model"] for entry in new or receivers]
-    split, where = args.device == "split", saved.name if saved else "--stage2"
-    readers = [load_reader(name, device, dtype, args.gradient_checkpointing, split) for name in names]
-    if not saved:
-        for entry, reader in zip(receivers, readers, strict=True):
-            check_fingerprint(reader, entry, entry["stage2"])
-        if receivers[0]["adapter"] != "codebook":
-            raise UserError(f"{args.stage2[0]} has a {receivers[0]['adapter']} adapter: a sender needs a codebook")
-        tensors |= spelling_tensors(pieces_of(readers[0]))
-    measured = entries = [entry_of(receivers, reader, where) for reader in readers]
-    if args.model and not saved:  # one receiver is measured; what is trained does not depend on it
-        measured = [entry_of(receivers, load_reader(args.model, device, dtype, split=split), where)]
-    datas = [load_texts(args, reader) for reader in readers]
+    if args.send is not None or args.send_lines is not None:
+        return send_once(args)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # model: the sender's encoder and codebook, proven by stage 2, and the predictor of its indices
-    codec = Codec(tensors, args.without, device)
-    predictor = Predictor(len(codec.pieces)).to(device)
-    receiving = [parts for parts in zip(entries, readers, datas, strict=True) if parts[0] in measured]
+    # setup: frozen LLMs, which only read, and texts
+    saved = load_wire(args.eval_only, STAGE, WIRE) if args.eval_only else None
+    merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
+    args.wire_carries = args.wire_carries or "prompt"
+    device, dtype = set_up(args)
+    before = [saved.config["model"], *(other["metrics"]["model"] for other in saved.config["others"])] if saved else BOTH
+    names = [args.model] if args.model else before
+    readers = [load_reader(name, device, dtype, split=args.device == "split") for name in names]
+    args.model = args.model or CONFIG["model"]
+    datas = [load_texts(args, reader) for reader in readers]
+    corpus = [] if saved else [text for name in args.corpus for text in read_texts(name, PROMPT)]
     out = open_out(args)
-    places = [out, *(open_out(args, Path(entry["model"]).name) for entry, _, _ in receiving[1:])]
+    places = [out, *(open_out(args, Path(reader.name).name) for reader in readers[1:])]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # model: the sender's pieces, and the predictor of their indices
+    if saved:
+        tensors = dict(saved.tensors)
+        load_sender(saved)  # refused before anything else
+    else:
+        pieces = learn_pieces(step_texts(args, 0, datas[0], readers[0], corpus, PIECE_TEXTS), PIECES)
+        pieces += [b""] * (-len(pieces) % MEMBERS)
+        lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.uint8)
+        spelled = torch.from_numpy(np.frombuffer(b"".join(pieces), np.uint8).copy())
+        tensors = {"pieces.lengths": lengths, "pieces.spelled": spelled}
+    predictor = Predictor(len(tensors["pieces.lengths"])).to(device)
+    split = Pieces(tensors).split
     print(f"predictor: {sum(p.numel() for p in predictor.parameters()):,} trained parameters", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # training
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    run = Run(args, out, {"predictor": predictor}, optimizer, identity(args, readers[0].fingerprint, below))
+    run = Run(args, out, {"predictor": predictor}, optimizer, identity(args, readers[0].fingerprint))
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
         # warm-up over 5% of the steps, then linearly to zero
         warmth = min(1.0, (step + 1) / (0.05 * args.steps), (args.steps - step) / (0.95 * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warmth
-        rng = random.Random(f"{args.seed}-{step}")
-        rows = datas[0].train_rows(args.seed, step * args.batch_size, args.batch_size)
-        texts = [sent_prompt(readers[0], row).plain for row in rows]
-        # one text in eight is odd, so that the messages of odd texts are not much longer than the texts
-        words = words_of(texts)
-        texts = [odd_text(rng, text, words, readers[0]) if i % 8 == 7 else text for i, text in enumerate(texts)]
-        lists = codec.latents(texts)
+        lists = [split(text.encode()) for text in step_texts(args, step, datas[0], readers[0], corpus, args.batch_size)]
         # the loss is a mean over the whole step, so that the micro-batch size changes nothing
         positions = sum(map(len, lists))
         for part in my_share(micro_batches(lists, args.micro_batch_size)):  # all, unless torchrun started several
-            index = index_loss(predictor, part, args.without, positions)
+            index = index_loss(predictor, part, positions)
             index.backward()
             run.add(index=index)
         run.reduce()  # gradients and losses, summed over the processes
@@ -508,23 +386,18 @@ def main() -> None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if not saved:
-        whole = IntegerPredictor.tensors(predictor)
-        tensors |= {f"sender.predictor.{name}": tensor for name, tensor in whole.items()}
-        codec = Codec(tensors, args.without, device)
+        tensors |= predictor.integers()
 
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: each receiver from the same messages, on test passages whose names were never seen
-    others = []  # the results of the receivers before the last one, the sender's own LLM
-    for (entry, reader, data), place in reversed(list(zip(receiving, places, strict=True))):
+    sender, others = Sender(tensors), []  # the results of the receivers before the last one
+    for reader, data, place in reversed(list(zip(readers, datas, places, strict=True))):
         print(f"receiver {reader.name}, the wire carries the {args.wire_carries}")
-        wire = Wire(codec, load_receiver(tensors, entry, reader, where), args.wire_carries)
-        metrics, controls, records = measure(wire, data, 2 * args.micro_batch_size, args.seed)
+        wire = Wire(sender, reader, args.wire_carries)
+        metrics, controls, records = measure(wire, data, 2 * args.micro_batch_size, args.seed, place)
         rows, last = message_rows(controls, metrics["examples"]), place == out
-        config = {
-            "model": entry["model"], "receivers": receivers, "stage2": args.stage2, "without": args.without,
-            "wire_carries": args.wire_carries, "receiver": "unpack", "rate": None, "untaught": None,
-            "others": others if last else [],
-        }  # fmt: skip
+        config = {"corpus": args.corpus, "wire_carries": args.wire_carries, "others": others if last else []}
+        config["model"] = reader.name
         title = f"stage 3: {args.wire_carries} -> {controls['latents']:.0f} latents"
         wire_tensors = tensors if last else None  # saved once
         config = finish(run, reader, saved, title, metrics, controls, config, rows, records, wire_tensors, place)

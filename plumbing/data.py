@@ -274,6 +274,29 @@ class JsonlRows(Sequence):
         return parse_row(self.path, f"at byte {place}", line)  # refused only if the file has changed since
 
 
+def read_texts(name: str, prompt: str) -> list[str]:
+    """The texts of a corpus: rows of questions about passages (`squad`, .json, .jsonl) as prompts, the lines of a .txt.
+
+    prompt: with {context} and {question}. Raises UserError.
+    """
+    problem = None if name == "squad" else what_is_wrong(Path(name))
+    if problem:
+        raise UserError(f"--corpus {name}: {problem}; give squad, or a file whose name ends in {', '.join(ENDINGS)}")
+    path = fetch_squad()[0] if name == "squad" else Path(name)
+    if path.suffix.lower() == ".txt":
+        try:
+            texts = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"--corpus {name}: not UTF-8 (byte {error.start}); convert it first") from None
+    else:
+        rows = [row for _, row in read_jsonl(path)] if path.suffix.lower() == ".jsonl" else read_squad(path)
+        texts = [prompt.format(**row) for row in rows]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"--corpus {name}: there is no text in it")
+    return texts
+
+
 def fetch_squad() -> list[Path]:
     """Paths of the official train and dev files: downloaded once into the user's cache, checked by their sha256."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentwire"

@@ -28,11 +28,10 @@ def stage1(path: Path, rows: dict[str, list[dict]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def frontier(path: Path, points: dict[str, list[dict]], direct: dict[str, list[dict]], texts: dict[str, dict]) -> None:
+def frontier(path: Path, points: dict[str, list[dict]], texts: dict[str, dict]) -> None:
     """Retention against bytes, and against positions: one colour a stage, one marker a reader.
 
-    points: of each stage, the rows of both readers; direct: of each reader, the runs of its direct receiver; texts: of
-    each reader, a run with the baselines.
+    points: of each stage, the rows of both readers; texts: of each reader, a run with the baselines.
     """
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharey=True)
     stages = dict(zip(points, zip((RED, "#e69f00", BLUE, GREEN), (9, 5, 10, 15), strict=True), strict=True))
@@ -47,8 +46,6 @@ def frontier(path: Path, points: dict[str, list[dict]], direct: dict[str, list[d
                 found = [(row[key], row["retention"]) for row in points[stage] if row["model"] == model]
                 style = dict(markersize=size, color=color, markerfacecolor="none", markeredgewidth=2)
                 axis.plot(*zip(*found, strict=True), marker, **style)
-        xs, ys = ([row[key] for row in direct[model]] for key in ("positions", "retention"))
-        axes[1].plot(xs, ys, "-", marker=marker, markersize=6, color=GREEN)
     rivals = {"the LLM's own prediction": ("llm_bound_bytes", -1, 4), "text": ("text_bytes", 1, 4)}
     rivals |= {"zlib, dictionary": ("zlib_dictionary_bytes", -1, 45), "zlib -9": ("zlib_bytes", 1, 4)}
     rivals["packed ids"] = ("packed_token_bytes", 1, 72)
@@ -62,8 +59,6 @@ def frontier(path: Path, points: dict[str, list[dict]], direct: dict[str, list[d
     axes[1].set(xlabel="positions that the LLM reads")
     figure.suptitle("better: higher, and further to the left")
     entries = {stage: plt.Line2D([], [], color=color, linewidth=6) for stage, (color, _) in stages.items()}
-    if any(direct.values()):
-        entries["stage 3, direct"] = plt.Line2D([], [], color=GREEN)
     entries |= {"truncated text": plt.Line2D([], [], color="black", linestyle=":")}
     entries |= {f"reader {model}": line for model, line in names.items()}
     axes[1].legend(entries.values(), entries.keys(), loc="lower right")

@@ -21,7 +21,7 @@ BLOCKS = {
     HERE / "README.md": (
         "readers-scores readers-depth stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity "
         "stage1-adapters stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights "
-        "stage3-message stage3-direct stage3-ablations stage3-harder kernels-operator "
+        "stage3-message stage3-rivals stage3-harder kernels-operator "
         "kernels-codebook kernels-compiled scale-dry scale-steps"
     ),
 }
@@ -81,8 +81,8 @@ def named(runs: list[dict], *files: str) -> list[dict]:
     return [run for file in files for run in runs if run["file"] == file]
 
 
-FOLDERS = "readers stage0 stage1 stage2 stage3 kernels scale".split()
-READERS, STAGE0, STAGE1, STAGE2, STAGE3, KERNELS, SCALE = map(load, FOLDERS)
+FOLDERS = "readers stage0 stage1 stage2 stage3 rivals kernels scale".split()
+READERS, STAGE0, STAGE1, STAGE2, STAGE3, RIVALS, KERNELS, SCALE = map(load, FOLDERS)
 ADAPTERS = [run for run in STAGE1 if run["data"] == "tiny"]
 READINGS = [flat(run | other) for run in STAGE3 for other in ({}, *run["others"])]  # one for each receiver
 BENCHES = sorted((run for run in KERNELS if "operator" in run), key=lambda bench: bench["device"].startswith("CPU"))
@@ -103,11 +103,6 @@ def message_rows(carries: str) -> list[dict]:
     """The default run of stage 3, over its seeds: a row for each reader."""
     runs = [run for run in READINGS if run["file"].startswith("seed") and run["wire_carries"] == carries]
     return grouped(runs, "model")
-
-
-def direct_runs() -> list[dict]:
-    """Stage 3 with a direct receiver."""
-    return in_order([run for run in STAGE3 if run.get("receiver") == "direct"], "model", "rate")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,28 +350,17 @@ def stage3_message() -> list[str]:
     return [*lines, "", f"{arrived} of {total} texts arrive bit for bit.", *duration(*named(STAGE3, "seed0"))]
 
 
-def stage3_direct() -> list[str]:
-    def prefill(key: str, unit: float) -> Callable[[dict], str]:
-        direct, unpacked = (in_units(unit, "prefill", way, key, form="{:.0f}") for way in ("direct", "unpack"))
-        return lambda row: f"{direct(row)} ({unpacked(row)})"
-
-    columns = READER | {"context tokens per position": "{rate:g}"} | F1 | RETENTION | CONTROLS
-    columns |= {"text cut to as many positions": "{truncated_f1:.1f}"} | POSITIONS
-    columns |= {"prefill: MFLOPs (unpacked)": prefill("flops", 1e6)}
-    columns |= {"keys and values, KB (unpacked)": prefill("kv_bytes", 1e3)}
-    columns |= {"text to first token, ms (unpacked)": prefill("ms", 1)}
-    return table(direct_runs(), columns | COMMAND)
-
-
-def stage3_ablations() -> list[str]:
-    left_out = {
-        "seed0": "nothing",
-        "without-copies": "copying from the message",
-        "without-context": "the last 8 indices",
-        "without-prediction": "any prediction: 12 bits per index",
-    }
-    columns = {"left out": lambda row: left_out[row["file"]], "bytes of a prompt": "{wire_bytes:.1f}"}
-    return table(named(STAGE3, *left_out), columns | RETENTION | COMMAND)
+def stage3_rivals() -> list[str]:
+    """A row for each way to make a text small, a column for each kind of text: mean bytes, and percent of the text."""
+    (run,) = RIVALS
+    kinds, columns = run["kinds"], {"bytes (% of the text)": "{0}"}
+    columns |= {f"{kind}, {found['texts']} texts": f"{{{at}}}" for at, (kind, found) in enumerate(kinds.items(), 1)}
+    rows = []
+    for name in [name for name in next(iter(kinds.values())) if name != "texts"]:
+        sizes = [(found[name], 100 * found[name] / found["text"]) for found in kinds.values()]
+        rows.append([name, *(f"{size:.1f} ({share:.1f}%)" for size, share in sizes)])
+    lines = table(rows, {title: lambda row, cell=cell: cell.format(*row) for title, cell in columns.items()})
+    return [*lines, "", f"`{run['command']}`"]
 
 
 def stage3_harder() -> list[str]:
@@ -503,8 +487,7 @@ def draw() -> None:
     points = {"stage 0: all at once": readers(STAGE0), "stage 1: the adapter": adapter_rows("mlp")}
     points |= {"stage 2: + the encoder": readers(STAGE2), "stage 3: + the message": message_rows("prompt")}
     texts = {run["model"]: run for run in in_order(named(READINGS, "seed0"), "model")}
-    direct = {model: [run for run in direct_runs() if run["model"] == model] for model in MODELS}
-    figures.frontier(HERE / "frontier.png", points, direct, texts)
+    figures.frontier(HERE / "frontier.png", points, texts)
     lines = [bench for bench in BENCHES if len({run["N"] for run in bench["operator"]}) > 1]
     figures.roofline(HERE / "roofline.png", lines)
 

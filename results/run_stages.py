@@ -82,17 +82,12 @@ def stage2(shared: str) -> dict[str, list[str]]:
 
 
 def stage3(shared: str) -> dict[str, list[str]]:
-    runs = {}
-    for seed in (0, 1, 2):
-        runs[f"seed{seed}"] = ["--seed", str(seed)]
-        runs[f"seed{seed}-context"] = ["--eval-only", f"out/results/stage3/seed{seed}", "--wire-carries", "context"]
-    for without in ("copies", "context"):
-        runs[f"without-{without}"] = ["--model", "tiny", "--without", without]
-    runs["without-prediction"] = ["--model", "tiny", "--without", "prediction", "--steps", "1"]  # learns nothing
-    direct = ["--receiver", "direct", "--rate"]
-    runs["direct-rate2"] = ["--model", "tiny", *direct, "2", "--batch-size", "16", "--lr", "1.5e-3"]
-    for rate in ("1.5", "3"):
-        runs[f"direct-rate{rate}"] = ["--eval-only", "out/results/stage3/direct-rate2", *direct, rate]
+    runs = {"world-alone": ["--seed", "0"]}  # what a fresh clone trains: a sender that knows no English
+    if (ROOT / shared).is_dir():
+        corpus = [f"{shared}/data/squad/train-subset.json", f"{shared}/data/text/tinystories_sample.txt"]
+        for seed in (0, 1, 2):
+            runs[f"seed{seed}"] = ["--corpus", *corpus, "--seed", str(seed)]
+            runs[f"seed{seed}-context"] = ["--eval-only", f"out/results/stage3/seed{seed}", "--wire-carries", "context"]
     for data in TESTS:
         runs[data] = ["--eval-only", "tiny/wires/stage3", "--data", data, "--eval-examples", "300"]
     return runs

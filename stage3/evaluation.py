@@ -1,7 +1,9 @@
 """What a message costs and keeps, beside other ways to make a text small: cut it, zlib, the LLM's own prediction."""
 
+import io
 import math
 import zlib
+from pathlib import Path
 
 import torch
 
@@ -16,18 +18,23 @@ from common import (
     sent_prompt,
     truncated_prompt,
 )
+from plumbing.checkpoints import write_atomically
 from plumbing.data import Data
-from plumbing.processes import map_over_processes
+from plumbing.processes import map_over_processes, rank
 from stage3.message import unpack, with_question
+from stage3.sender import Sender
 
 
-def measure(wire, data: Data, batch_size: int, seed: int) -> tuple[dict, dict, list[dict]]:
-    """(metrics, controls, records) of one receiver: `evaluate`, and more about its messages. wire: stage 3's."""
-    codec, reader, carries = wire.codec, wire.reader, wire.carries
+def measure(wire, data: Data, batch_size: int, seed: int, place: Path) -> tuple[dict, dict, list[dict]]:
+    """(metrics, controls, records) of one receiver: `evaluate`, and more about its messages. wire: stage 3's.
+
+    Draws message.png, the first message, in the directory `place`.
+    """
+    sender, reader, carries = wire.sender, wire.reader, wire.carries
     metrics, records = evaluate(wire, data, batch_size)
     prompts = [sent_prompt(reader, row) for row in data.test]
     texts = [prompt.context if carries == "context" else prompt.plain for prompt in prompts]
-    sent = map_over_processes(lambda text: codec.send(text, carries), texts)
+    sent = map_over_processes(lambda text: sender.send(text, carries), texts)
     if carries == "context":
         # evaluate() measured whole prompts; here only the context travels, so bytes and the shuffled control are
         # computed again
@@ -38,15 +45,17 @@ def measure(wire, data: Data, batch_size: int, seed: int) -> tuple[dict, dict, l
         answers = generate(reader, swapped, batch_size, wire.receive) if len(sent) > 1 else []
         metrics["shuffled_f1"] = score(answers, data.test)[0] if answers else None
     known = [sent_prompt(reader, row).plain for row in data.train_rows(seed, 0, 200)]
-    arrived = map_over_processes(lambda message: codec.text(message)[0], sent)
+    arrived = map_over_processes(lambda message: sender.text(message)[0], sent)
     controls = {
         "truncated": truncation_curve(reader, data, prompts, batch_size) if data.kind == "qa" else [],
         "arrived": sum(text == read for text, read in zip(texts, arrived, strict=True)),
-        "latents": sum(unpack(message, codec.fingerprint).latents for message in sent) / len(texts),
-        "stored": sum(message[2] >> 6 & 1 for message in sent),
+        "latents": sum(unpack(message, sender.fingerprint).latents for message in sent) / len(texts),
+        "stored": sum(not unpack(message, sender.fingerprint).latents for message in sent),
         "zlib_dictionary_bytes": zlib_with_dictionary(texts, "".join(known).encode()),
         "llm_bound_bytes": bytes_of_nll(reader, [prompt.ids for prompt in prompts], batch_size),
     }
+    if not rank():
+        draw_message(place / "message.png", sender, texts[0], len(sent[0]))
     return metrics, controls, records
 
 
@@ -58,6 +67,39 @@ def message_rows(controls: dict, examples: int) -> list[tuple[str, str, str]]:
         ("zlib -9, dictionary", f"{controls['zlib_dictionary_bytes']:.0f}", "bytes, with 32 KB of training text"),
         ("this LLM's own prediction", f"{controls['llm_bound_bytes']:.1f}", "bytes, of its prompt; no frame"),
     ]
+
+
+def draw_message(path: Path, sender: Sender, text: str, size: int) -> None:
+    """message.png: a text, each piece of it on a background that is the darker the more bits it costs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    indices = sender.split(text.encode())
+    bits = [math.log2(total / (end - start)) for start, end, total in sender.intervals(indices)]
+    costs = [sum(pair) for pair in zip(bits[::2], bits[1::2], strict=True)]  # of the group, and of the piece in it
+    figure, axis = plt.subplots(figsize=(11, 5), constrained_layout=True)
+    colours, row, column, lines = plt.get_cmap("Reds"), 0, 0, 24
+    for index, cost in zip(indices, costs, strict=True):
+        piece = sender.pieces[index].decode(errors="replace")
+        for letter in piece:
+            if letter == "\n" or column == 100:
+                row, column = row + 1, 0
+            axis.add_patch(plt.Rectangle((column, row), 1, 1, color=colours(min(cost / len(piece) / 6, 1)), lw=0))
+            axis.text(column + 0.5, row + 0.5, letter.strip(), ha="center", va="center", family="monospace", size=9)
+            column += letter != "\n"
+        if row > lines:
+            break
+    axis.set(xlim=(0, 100), ylim=(min(row, lines) + 1, 0))
+    axis.axis("off")
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, 6), colours)
+    figure.colorbar(scale, ax=axis, label="bits a letter", shrink=0.6)
+    axis.set_title(f"a message of {size} bytes: {len(indices)} latents for {len(text.encode())} bytes of text")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
 
 
 def truncation_curve(reader: Reader, data: Data, prompts: list[Prompt], batch_size: int) -> list[dict]:

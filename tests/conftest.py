@@ -28,6 +28,7 @@ from plumbing.launch import launch  # noqa: E402
 from plumbing.wires import load_wire  # noqa: E402
 
 CPU = torch.device("cpu")
+stage3.PIECES, stage3.PIECE_TEXTS = 512, 100  # to learn 8,192 pieces from 8,000 texts takes ten seconds
 QUICK = ("--steps", "4", "--batch-size", "4", "--eval-examples", "8")
 
 
@@ -107,17 +108,16 @@ def ladder_flags(llm: Path, wires: Path) -> dict:
         "stage0": (stage0, (*on, "--smoke")),  # its linear probes are then fitted on 10 prompts, not on 1000
         "stage1": (stage1, (*on, "--code-dim", "8", "--adapter", "codebook", "--llm-steps", "2")),
         "stage2": (stage2, (*on, "--stage1", wires / "stage1")),
-        "stage3": (stage3, ("--stage2", wires / "stage2")),
-        "direct": (stage3, (*on, "--receiver", "direct", "--wire", wires / "stage3")),
+        "stage3": (stage3, on),
     }
 
 
-LADDER = ("stage0", "stage1", "stage2", "stage3", "direct")
+LADDER = ("stage0", "stage1", "stage2", "stage3")
 
 
 @pytest.fixture(scope="session")
 def ladder(random_llm, tmp_path_factory) -> Path:
-    """A folder with one small trained wire per stage (and of a direct receiver), each on top of the other."""
+    """A folder with one small trained wire per stage, each on top of the other."""
     wires = tmp_path_factory.mktemp("ladder")
     for name, (module, flags) in ladder_flags(random_llm, wires).items():
         (wires / f"{name}.txt").write_text(succeed(module, *flags, *QUICK, "--out", wires / name).stdout)
@@ -131,10 +131,9 @@ def no_picture(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def codec() -> stage3.Codec:
+def sender() -> stage3.Sender:
     """The sender of the shipped stage-3 wire."""
-    wire = load_wire(stage3.SHIPPED, "stage3", stage3.WIRE)
-    return stage3.Codec(wire.tensors, wire.config["without"], CPU)
+    return stage3.load_sender(load_wire(stage3.SHIPPED, "stage3", stage3.WIRE))
 
 
 def assert_same_gradients(out: Path, other: Path) -> None:

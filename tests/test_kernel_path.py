@@ -11,7 +11,6 @@ import stage1_pca_adapter as stage1
 import stage2_encoder as stage2
 from common import PCA, fit_pca, load_reader, make_batch
 from kernels import adapter as operator
-from stage3.receivers import load_receiver
 
 ROW = {"context": "Ann met Ben.", "question": "Who met Ben?", "answers": ["Ann"]}
 RMS = torch.tensor(0.05)
@@ -83,17 +82,3 @@ def test_stage2_learns_through_the_operator(launches, reader, kind):
     wire, batch = stage2_wire(reader, kind), make_batch(reader, [ROW])
     stage2.answer_loss(wire, [ROW], batch, len(batch.targets)).backward()
     assert launches == [*BY_CODES[kind], "unmatch_rms"]
-
-
-@pytest.mark.parametrize("kind", BY_CODES)
-def test_a_receiver_of_stage3_projects_once_and_decodes_codes(launches, reader, kind):
-    wire = stage2_wire(reader, kind)
-    parts = {"adapter": wire.adapter, "encoder": wire.encoder}
-    own = {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
-    own |= {"mean": torch.zeros(32), "components": torch.eye(32)[:, :8], "prefix_codes": wire.prefix_codes}
-    tensors = {f"receiver0.{name}": tensor for name, tensor in (own | {"target_rms": RMS}).items()}
-    receiver = load_receiver(tensors, {"prefix": "receiver0.", "adapter": kind, "code_dim": 8}, reader, "a wire")
-    assert launches == ["x -> codes"]
-    launches.clear()
-    receiver.receive(stage2.pack_codes(torch.randn(3, 8)))
-    assert launches == BY_CODES[kind]

@@ -17,7 +17,6 @@ import plumbing.report
 import plumbing.training
 from plumbing.data import Data
 from plumbing.report import RESULT_KEYS
-from stage3 import direct
 
 RUN_FILES = {"wire.safetensors", "config.json", "metrics.jsonl", "samples.md", "report.png", "checkpoint.safetensors"}
 # name -> (which part of the ladder, more flags)
@@ -36,8 +35,7 @@ def trained(*left_out: str):
 class Case:
     """A way to train, and what a run of it left behind."""
 
-    home: ModuleType  # whose main() trains
-    module: ModuleType  # whose file the user runs
+    module: ModuleType
     flags: tuple
     kind: tuple  # those of the flags that --eval-only needs, too
     out: Path
@@ -57,8 +55,7 @@ def case(request, random_llm, ladder, tmp_path_factory) -> Case:
     if more:
         out = tmp_path_factory.mktemp(request.param)
         stdout = succeed(module, *flags, "--out", out).stdout
-    kind = {"direct": ("--receiver", "direct"), "stage0": ("--smoke",)}.get(name, ())
-    return Case(direct if name == "direct" else module, module, flags, kind, out, stdout)
+    return Case(module, flags, ("--smoke",) if name == "stage0" else (), out, stdout)
 
 
 @pytest.fixture
@@ -89,7 +86,8 @@ def result_in(stdout: str) -> dict:
 
 @trained()
 def test_a_run_leaves_its_files_and_ends_with_the_json_line(case):
-    assert {path.name for path in case.out.iterdir()} == RUN_FILES
+    more = {"message.png"} if case.module.STAGE == "stage3" else set()
+    assert {path.name for path in case.out.iterdir()} == RUN_FILES | more
     result = result_in(case.stdout)
     assert list(result) == RESULT_KEYS
     assert (result["stage"], result["seed"], result["steps"], result["examples"]) == (case.module.STAGE, 0, 4, 8)
@@ -121,14 +119,14 @@ def digest(model: torch.nn.Module) -> str:
 
 @trained()
 def test_the_same_seed_gives_the_same_wire_and_the_llm_stays(case, tmp_path, monkeypatch, no_picture):
-    readers, load = [], case.home.load_reader
+    readers, load = [], case.module.load_reader
 
     def load_and_look(*args, **kwargs):
         reader = load(*args, **kwargs)
         readers.append((reader, digest(reader.model), reader.table.clone()))
         return reader
 
-    monkeypatch.setattr(case.home, "load_reader", load_and_look)
+    monkeypatch.setattr(case.module, "load_reader", load_and_look)
     torch.use_deterministic_algorithms(False)  # as in a new process
     again = case.run("--out", tmp_path)
     assert torch.are_deterministic_algorithms_enabled()  # no atomic adds: two threads would sum in any order
@@ -227,9 +225,10 @@ MAY_IMPORT = {
     "stage0_broken.py": "plumbing common",
     "stage1_pca_adapter.py": "plumbing common kernels",
     "stage2_encoder.py": "plumbing common kernels stage1_pca_adapter",
-    "stage3_full.py": "plumbing common kernels stage1_pca_adapter stage2_encoder stage3",
-    "stage3/direct.py": "plumbing common kernels stage1_pca_adapter stage2_encoder stage3 stage3_full",
-    "stage3/*": "plumbing common kernels stage1_pca_adapter stage2_encoder stage3",
+    "stage3_full.py": "plumbing common stage3",
+    "stage3/sender.py": "plumbing stage3",
+    "stage3/message.py": "plumbing",
+    "stage3/*": "plumbing common stage3",
     "kernels/adapter.py": "kernels",
     "kernels/fused.py": "",
 }
@@ -264,7 +263,7 @@ def test_a_module_imports_only_what_stands_below_it(file):
     assert imported(parsed(file)) & OURS <= set(allowed.split())
 
 
-@pytest.mark.parametrize("file", [*HERE.glob("stage*.py"), HERE / "stage3" / "direct.py"], ids=lambda path: path.name)
+@pytest.mark.parametrize("file", HERE.glob("stage*.py"), ids=lambda path: path.name)
 def test_the_main_of_a_stage_holds_no_other_function(file):
     (main,) = [node for node in parsed(file).body if getattr(node, "name", "") == "main"]
     inner = [node for node in ast.walk(main) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
