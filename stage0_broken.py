@@ -59,7 +59,7 @@ from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.spelling import prefix_ids
 from plumbing.training import Run, identity, micro_batches
-from plumbing.wires import Contents, load_module, load_wire, open_out
+from plumbing.wires import MODULE, Contents, load_module, load_wire, open_out
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -73,7 +73,7 @@ CONFIG = dict(
     lr=1e-3,  # the best of 1e-4, 3e-4, 1e-3 and 3e-3
 )
 FIXED_BY_WIRE = ("model", "data")  # --eval-only reads these from the wire
-WIRE = Contents({"embedding_width": COUNT}, {})
+WIRE = Contents({"embedding_width": COUNT}, {"encoder.*": MODULE, "adapter.*": MODULE})  # what is saved
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.01
 LATENTS, LATENT_WIDTH = 32, 256  # the attempt's own: 131,072 bits, of which a prompt needs fewer than 1,000
 WIDTH, SHORTER = 128, 4  # of the encoder; bytes that become one position in it

@@ -63,7 +63,7 @@ from plumbing.models import check_fingerprint
 from plumbing.processes import my_share, rank, world_size
 from plumbing.report import finish
 from plumbing.training import Run, identity, micro_batches
-from plumbing.wires import Contents, load_module, load_wire, open_out
+from plumbing.wires import MODULE, Contents, load_module, load_wire, open_out
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -86,7 +86,7 @@ WIRE = Contents(  # what is saved; anything else is refused
         "embedding_width": COUNT, "code_dim": COUNT, "adapter": one_of(*ADAPTERS),
         "controls": {"explained_variance": NUMBER, "*": ANYTHING},
     },
-    tensors={"mean": "d float32", "components": "d k float32", "target_rms": "float32"},
+    tensors={"mean": "d float32", "components": "d k float32", "target_rms": "float32", "adapter.*": MODULE},
 )  # fmt: skip
 TOKENS = 512  # of a step without the LLM
 HIDDEN = 512  # numbers of each of the mlp's hidden layers

@@ -62,7 +62,7 @@ from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.spelling import odd_text, prefix_ids, spells, token_ends, words_of
 from plumbing.training import Run, identity, micro_batches
-from plumbing.wires import Contents, SavedWire, load_module, load_wire, open_out
+from plumbing.wires import MODULE, Contents, SavedWire, check_shapes, load_module, load_wire, open_out
 from stage1_pca_adapter import ADAPTERS, Adapter
 from stage1_pca_adapter import WIRE as STAGE1_WIRE
 
@@ -95,7 +95,7 @@ WIRE = Contents(  # what is saved; anything else is refused
         "embedding_width": COUNT, "code_dim": COUNT, "adapter": one_of(*ADAPTERS), "stage1": TEXT,
         "without": one_of(None, *ABLATIONS),
     },
-    tensors=STAGE1_WIRE.tensors | {"prefix_codes": "n k float32"},  # n tokens start every prompt
+    tensors=STAGE1_WIRE.tensors | {"prefix_codes": "n k float32", "encoder.*": MODULE},  # n tokens start every prompt
 )  # fmt: skip
 CODEBOOKS = "tiny/wires/stage1-codebook", "tiny/wires/stage1-codebook-qwen"
 SHIPPED = {"tiny": CODEBOOKS[0], "tiny-llama": CODEBOOKS[0], "tiny-qwen": CODEBOOKS[1]}
@@ -411,9 +411,11 @@ def main() -> None:
     pca, ones = PCA(mean, components, torch.ones(d)), torch.ones(vocabulary, device=device)
     adapter = Adapter(below.config["adapter"], pca, reader, table_codes, ones).to(device).requires_grad_(False)
     load_module(adapter, "adapter.", below.tensors, below.name)
-    prefix_codes = saved.tensors["prefix_codes"].to(device) if saved else table_codes[prefix_ids(reader)]
+    prefix_codes = table_codes[prefix_ids(reader)]
     encoder = Encoder(k).to(device)
     if saved:
+        check_shapes(saved.name, saved.tensors, WIRE.tensors, n=len(prefix_codes))
+        prefix_codes = saved.tensors["prefix_codes"].to(device)
         load_module(encoder, "encoder.", saved.tensors, saved.name)
     wire = Wire(reader, encoder, adapter, prefix_codes, rms)
     out = open_out(args)

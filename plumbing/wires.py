@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fnmatch
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,10 @@ class Contents(NamedTuple):
     """What a stage's wire holds: the description of its part of config.json, and the shapes of tensors."""
 
     config: dict
-    tensors: dict[str, str]  # name -> "d k float32": embedding_width, code_dim; any other letter is free
+    tensors: dict[str, str]  # name -> "d k float32": embedding_width, code_dim; any other letter is free. See MODULE
 
+
+MODULE = "a module's"  # of names such as "adapter.*": load_module compares them with the module
 
 # what config.json of every wire holds; the rest is said by the stages
 EVERY_WIRE = {
@@ -139,8 +142,13 @@ def load_wire(name: str, stage: str, contents: Contents) -> SavedWire:
 
 def check_shapes(wire: str, tensors: dict[str, Tensor], shapes: dict[str, str], **sizes: int | None) -> None:
     """Raises UserError naming a tensor that is not as "d k float32" says. sizes: of the letters; others are free."""
+    for name in tensors:
+        if not any(fnmatch.fnmatchcase(name, known) for known in shapes):
+            compare(wire, name, described(tensors[name]), described(None))
     sizes = {letter: size for letter, size in sizes.items() if size is not None}
     for name, words in shapes.items():
+        if words == MODULE:
+            continue
         *letters, dtype = words.split()
         for letter, size in zip(letters, tensors[name].shape if name in tensors else (), strict=False):
             sizes.setdefault(letter, size)  # from here on it is known

@@ -139,6 +139,7 @@ def test_the_digest_is_of_tensors_and_config(ladder, tmp_path):
         ("stage1", "target_rms", lambda t: t[None], "[1] float32, and with its config.json should be [] float32"),
         ("stage1", "adapter.keys", lambda t: t.double(), "[4096, 8] float64"),
         ("stage2", "prefix_codes", lambda t: t[:, 1:], "[1, 7] float32, and with its config.json should be [1, 8]"),
+        ("stage2", "prefix_codes", lambda t: t.expand(9, -1).clone(), "[9, 8] float32"),
         ("stage2", "encoder.end.bias", lambda t: None, "not there, and with its config.json should be [1] float32"),
         ("stage2", "mean", lambda t: t * float("nan"), "holds NaN or infinity"),
         ("stage2", "encoder.end.bias", lambda t: t.to(torch.float8_e4m3fn), "[1] float8_e4m3fn"),
@@ -146,12 +147,17 @@ def test_the_digest_is_of_tensors_and_config(ladder, tmp_path):
         ("stage3", "pieces.spelled", lambda t: None, "not there, and with its config.json should be"),
         ("stage3", "predictor.group.bias", lambda t: t[1:], "[14] int16, and with its config.json should be [15]"),
         ("stage3", "predictor.exponential", lambda t: t * 0, "is not a table of exp"),
+        ("stage2", "prefix_codes", lambda t: t[:0], "should be [1, 8] float32"),
+        ("stage0", "more", lambda t: torch.ones(2), "more in wire.safetensors is [2] float32"),
+        ("stage1", "encoder.end.bias", lambda t: torch.ones(2), "should be not there"),
+        ("stage2", "pooler.out.bias", lambda t: torch.ones(2), "should be not there"),
+        ("stage3", "predictor.more", lambda t: torch.ones(2), "should be not there"),
     ),
 )  # fmt: skip
 def test_a_tensor_that_does_not_fit_is_named(stage, name, change, is_, ladder, tmp_path):
     wire = shutil.copytree(ladder / stage, tmp_path / "wire")
     tensors, config = parts_of(wire)
-    tensors[name] = change(tensors[name])
+    tensors[name] = change(tensors.get(name))
     save_wire(wire, {key: tensor for key, tensor in tensors.items() if tensor is not None}, config)
     assert refused(evaluation_of(stage), wire, tmp_path / "out", is_)
 
