@@ -5,7 +5,7 @@ describes every key that is not named: without it, no other is known.
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ def one_of(*values) -> Kind:
 
 
 def is_number(value) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max  # a whole number may be no float
 
 
 def is_flag(value) -> bool:

@@ -88,6 +88,7 @@ def write_config(wire: Path, config: dict) -> None:
         ("stage1", {"arguments": {"seed": 0, "steps": 1, "lr": {}}}, "arguments.lr is an object"),
         ("stage1", {"controls": {}}, "controls.explained_variance is missing"),
         ("stage1", {"metrics": {"train_seconds": float("nan")}}, "metrics.train_seconds is NaN"),
+        ("stage1", {"metrics": {"train_seconds": 10**400}}, "metrics.train_seconds is 1000"),
         ("stage1", {"model": "\ud800"}, "model is "),
         ("stage2", {"without": {}}, "without is an object"),
         ("stage3", {"corpus": [{}]}, "corpus.0 is an object"),
