@@ -20,6 +20,7 @@ from plumbing.checkpoints import write_atomically
 from plumbing.kinds import ANYTHING, TEXT, Many, parse
 from plumbing.launch import UserError
 from plumbing.spelling import tokenize
+from plumbing.wires import mark_as_read
 from tiny import world
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
             f"--data {name}: {problem}; give tiny, squad, or a file whose name ends in {', '.join(ENDINGS)} "
             f"(also: {', '.join(list(TINY)[1:])})"
         )
+    mark_as_read(path.parent)
     if path.suffix.lower() == ".jsonl":
         return split_rows(name, read_jsonl(path), functools.partial(JsonlRows, path), eval_examples)
     try:

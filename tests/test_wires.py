@@ -44,6 +44,17 @@ def test_a_directory_that_is_read_is_not_written(stage, flag, random_llm, ladder
         assert run.stderr.count("\n") == 1 and files(copied) == before
 
 
+@pytest.mark.parametrize("name", ("metrics.jsonl", "config.json"))
+def test_a_data_file_is_not_overwritten(name, random_llm, tmp_path):
+    rows = [{"context": f"{i} sells oil.", "question": "What?", "answers": ["oil"]} for i in range(40)]
+    qas = [{"context": row["context"], "qas": [row | {"answers": [{"text": "oil"}]}]} for row in rows]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name).write_text(lines if name.endswith("l") else json.dumps({"data": [{"paragraphs": qas}]}))
+    before = files(tmp_path)
+    run = run_stage(stage1, "--model", random_llm, *QUICK, "--data", tmp_path / name, "--out", tmp_path)
+    assert run.code == 2 and "this run reads that directory" in run.stderr and files(tmp_path) == before
+
+
 @pytest.mark.parametrize("stage", ("stage1", "stage3"))
 def test_an_unfinished_run_is_not_discarded_without_being_told(stage, random_llm, ladder, tmp_path, no_picture):
     module, flags = ladder_flags(random_llm, ladder)[stage]
