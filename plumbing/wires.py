@@ -55,9 +55,9 @@ def open_out(args: argparse.Namespace, folder: str = "") -> Path:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether the last run in a directory did not end: its checkpoint is newer than the wire, or there is no wire."""
-    wire, checkpoint = path / "wire.safetensors", path / CHECKPOINT
-    return checkpoint.exists() and not (wire.exists() and wire.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns)
+    """Whether the last run in a directory did not end: its checkpoint is newer than config.json, a wire's last file."""
+    config, checkpoint = path / "config.json", path / CHECKPOINT
+    return checkpoint.exists() and not (config.exists() and config.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns)
 
 
 def unlock(lock: filelock.BaseFileLock) -> None:

@@ -59,7 +59,7 @@ def test_a_data_file_is_not_overwritten(name, random_llm, tmp_path):
 def test_an_unfinished_run_is_not_discarded_without_being_told(stage, random_llm, ladder, tmp_path, no_picture):
     module, flags = ladder_flags(random_llm, ladder)[stage]
     out = shutil.copytree(ladder / stage, tmp_path / "out")
-    os.utime(out / "wire.safetensors", (0, 0))  # of an older run: the last one was killed after its checkpoint
+    os.utime(out / "config.json", (0, 0))  # of an older run: the last one was killed before it wrote its own
     before = files(out)
     evaluation = ("--eval-only", ladder / stage)
     for started in (flags, evaluation):
