@@ -62,9 +62,9 @@ CONFIG = dict(
     model="both readers",  # what is trained does not depend on it; --model NAME measures one receiver
     data="tiny",  # questions about invented passages; or squad, or a file
     corpus=[],  # other texts that the sender learns: a third of each step
-    steps=10000,  # half an hour with one thread, evaluation included
+    steps=16000,  # half an hour with one thread, evaluation included
     batch_size=16,  # texts a step, one of them odd
-    lr=3e-3,  # peak
+    lr=2e-3,  # peak
 )
 FIXED_BY_WIRE = ("data", "corpus")  # --eval-only reads these from the wire
 BOTH = ("tiny", "tiny-qwen")

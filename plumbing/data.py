@@ -285,6 +285,7 @@ def read_texts(name: str, prompt: str) -> list[str]:
     if problem:
         raise UserError(f"--corpus {name}: {problem}; give squad, or a file whose name ends in {', '.join(ENDINGS)}")
     path = fetch_squad()[0] if name == "squad" else Path(name)
+    mark_as_read(path.parent)
     if path.suffix.lower() == ".txt":
         try:
             texts = path.read_text(encoding="utf-8-sig").splitlines()

@@ -135,7 +135,7 @@ class Sender(Pieces):
             digest.update(arrays[name].astype(arrays[name].dtype.newbyteorder("<")).tobytes())
         self.fingerprint = digest.digest()[:8]  # of all that sender and receiver must share
         # an evaluation sends and reads each text several times
-        self.send, self.text = functools.lru_cache(4096)(self.send), functools.lru_cache(4096)(self.text)
+        self.send, self.text = functools.lru_cache(1024)(self.send), functools.lru_cache(1024)(self.text)
 
     def intervals(self, indices: list[int]) -> Iterator[tuple[int, int, int]]:
         """The interval [start, end) of a total that the predictor gives each index: two, of its group and in it."""
