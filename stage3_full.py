@@ -340,8 +340,9 @@ def main() -> None:
     merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
     args.wire_carries = args.wire_carries or "prompt"
     device, dtype = set_up(args)
-    before = [saved.config["model"], *(other["metrics"]["model"] for other in saved.config["others"])] if saved else BOTH
-    names = [args.model] if args.model else before
+    names = [args.model] if args.model else BOTH
+    if saved and not args.model:
+        names = [saved.config["model"], *(other["metrics"]["model"] for other in saved.config["others"])]
     readers = [load_reader(name, device, dtype, split=args.device == "split") for name in names]
     args.model = args.model or CONFIG["model"]
     datas = [load_texts(args, reader) for reader in readers]
