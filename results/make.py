@@ -360,7 +360,11 @@ def stage3_rivals() -> list[str]:
         sizes = [(found[name], 100 * found[name] / found["text"]) for found in kinds.values()]
         rows.append([name, *(f"{size:.1f} ({share:.1f}%)" for size, share in sizes)])
     lines = table(rows, {title: lambda row, cell=cell: cell.format(*row) for title, cell in columns.items()})
-    return [*lines, "", f"`{run['command']}`"]
+    words = (
+        "Once loaded, with {threads} thread of a busy machine, a prompt of {text_bytes:.0f} bytes ({latents:.0f} "
+        "latents) takes {send_ms:.1f} ms of CPU to send and {read_ms:.1f} ms to read."
+    )
+    return [*lines, "", words.format_map(run | run["speed"]), "", f"`{run['command']}`"]
 
 
 def stage3_harder() -> list[str]:

@@ -1,7 +1,7 @@
-"""Measure what other ways make of the texts that stage 3 sends, as JSON in results/rivals/: the columns beside it.
+"""Measure what other ways make of the texts that stage 3 sends, and its speed, as JSON in results/rivals/.
 
     pip install zstandard brotli pyppmd          # nothing else here needs them
-    python results/run_rivals.py                 # minutes: PPMd reads 2 MB before each text
+    OMP_NUM_THREADS=1 python results/run_rivals.py    # minutes: PPMd reads 2 MB before each text
     python results/make.py                       # the table in results/README.md
 
 All know what the sender's training knows: prompts of the world, passages and stories of --corpus. Sizes are those of
@@ -11,6 +11,7 @@ the bare output, without a frame; the message has its frame of six bytes. SQuAD 
 import argparse
 import json
 import random
+import re
 import sys
 import time
 import zlib
@@ -23,12 +24,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import PROMPT, load_reader  # noqa: E402
-from plumbing.data import everyday, read_squad  # noqa: E402
+from plumbing.data import everyday, read_squad, read_texts  # noqa: E402
 from plumbing.launch import commit, versions  # noqa: E402
 from plumbing.report import rounded  # noqa: E402
 from plumbing.wires import load_wire  # noqa: E402
 from stage3.sender import Sender  # noqa: E402
-from stage3_full import SHIPPED, STAGE, WIRE, read_corpus  # noqa: E402
+from stage3_full import SHIPPED, STAGE, WIRE, load_sender  # noqa: E402
 from tiny import world  # noqa: E402
 
 PRIMED = 2_000_000  # bytes that PPMd reads first
@@ -67,29 +68,51 @@ def rivals(known: list[bytes]) -> dict[str, Callable[[bytes], int]]:
     }
 
 
+def speed(sender: Sender, texts: list[str], repeats: int = 5) -> dict[str, float]:
+    """Milliseconds of CPU to send and to read a text, the best of some rounds, and bytes and latents of one."""
+    best = {"send_ms": float("inf"), "read_ms": float("inf")}
+    for _ in range(repeats):
+        sender.send.cache_clear(), sender.text.cache_clear()
+        started = time.process_time()
+        messages = [sender.send(text, "prompt") for text in texts]
+        sent = time.process_time()
+        if [sender.text(message)[0] for message in messages] != texts:
+            sys.exit("error: a text did not arrive")
+        read = time.process_time()
+        for name, seconds in (("send_ms", sent - started), ("read_ms", read - sent)):
+            best[name] = min(best[name], 1000 * seconds / len(texts))
+    latents = sum(len(sender.split(text.encode())) for text in texts) / len(texts)
+    return best | {"text_bytes": sum(len(text.encode()) for text in texts) / len(texts), "latents": latents}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--shared", default="../shared", help="directory with data/squad and data/text")
     parser.add_argument("--count", type=int, default=300, help="texts of each kind")
     args = parser.parse_args()
     squad, stories = Path(args.shared, "data", "squad"), Path(args.shared, "data", "text")
-    corpus = [str(squad / "train-subset.json"), str(stories / "tinystories_sample.txt")]
-    known = read_corpus(corpus) + [PROMPT.format(**world.make_example("train", 0, i)) for i in range(10_000)]
+    learned = {row["context"] for row in read_squad(squad / "train-subset.json")}
+    known = [*sorted(learned), *read_texts(stories / "tinystories_sample.txt", PROMPT)]
+    known += [PROMPT.format(**world.make_example("train", 0, i)) for i in range(10_000)]
     random.Random(0).shuffle(known)
-    paragraphs = sorted({row["context"] for row in read_squad(squad / "dev-v1.1.json")})
+    passages = sorted({row["context"] for row in read_squad(squad / "dev-v1.1.json")})
+    short = [part for row in everyday(1000) for part in re.split(r"(?<=[.!?])\s+", row["context"])]
     kinds = {
         "the world's prompts": [PROMPT.format(**row) for row in world.make_examples("test", args.count)],
-        "SQuAD dev paragraphs": random.Random(0).sample(paragraphs, min(args.count, len(paragraphs))),
-        "everyday passages": list(dict.fromkeys(row["context"] for row in everyday(1000))),
+        "SQuAD dev passages": random.Random(0).sample(passages, min(args.count, len(passages))),
+        "everyday sentences": [part for part in dict.fromkeys(short) if 20 <= len(part.encode()) <= 100],
     }
     wire, reader = load_wire(SHIPPED, STAGE, WIRE), load_reader("tiny", torch.device("cpu"), torch.float32)
-    sender = Sender(wire.tensors)
+    sender = load_sender(wire)
     ways = rivals([text.encode() for text in known]) | {
         "packed token ids": lambda text: -(-len(reader.tokenizer(text.decode(), verbose=False)["input_ids"]) * 12 // 8),
         "message": lambda text: len(sender.send(text.decode(), "context")),
     }
     row = {"command": "python results/run_rivals.py", "versions": versions(), "commit": commit(), "primed": PRIMED}
-    row |= {"wire_sha256": wire.sha256, "known_bytes": sum(len(text.encode()) for text in known), "kinds": {}}
+    row |= {"wire_sha256": wire.sha256, "kinds": {}}
+    row |= {"known_bytes": sum(len(text.encode()) for text in known)}
+    row |= {"threads": torch.get_num_threads(), "speed": speed(sender, kinds["the world's prompts"])}
+    print(row["speed"])
     for kind, texts in kinds.items():
         raw = [text.encode() for text in texts]
         found = {"texts": len(raw), "text": sum(map(len, raw)) / len(raw)}
