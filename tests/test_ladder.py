@@ -263,7 +263,7 @@ def test_a_module_imports_only_what_stands_below_it(file):
     assert imported(parsed(file)) & OURS <= set(allowed.split())
 
 
-@pytest.mark.parametrize("file", HERE.glob("stage*.py"), ids=lambda path: path.name)
+@pytest.mark.parametrize("file", [*HERE.glob("stage*.py")], ids=lambda path: path.name)
 def test_the_main_of_a_stage_holds_no_other_function(file):
     (main,) = [node for node in parsed(file).body if getattr(node, "name", "") == "main"]
     inner = [node for node in ast.walk(main) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
