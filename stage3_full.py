@@ -1,4 +1,4 @@
-"""Stage 3: the full pipeline. One message, a quarter of the text's bytes, and every causal LM reads it.
+"""Stage 3: the full pipeline. One message, a sixth of the text's bytes, and every causal LM reads it.
 
     text -> pieces -> index of each [M] -> predictor, arithmetic coder -> message                    the sender: no LLM
             known     known: what comes next   learned: the next index
@@ -233,7 +233,7 @@ def text_of(name: str, flag: str) -> str:
                 raise UserError(f"{flag} -: standard input is closed; give the text there, or a file")
             return sys.stdin.buffer.read().decode()
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return path.read_bytes().decode()  # line ends stay as they are
     except UnicodeDecodeError:
         raise UserError(f"{flag} {name}: it is not UTF-8; convert it first, e.g. with iconv") from None
     except (OSError, ValueError):

@@ -287,14 +287,15 @@ def test_no_exception_is_shared_by_two_messages():
 # --- the sender, and several receivers
 
 
-def test_one_process_sends_and_another_receives(tmp_path):
+def test_one_process_sends_and_another_receives(tmp_path, sender):
     row = world.make_examples("test", 1)[0]
     text = tmp_path / "passage.txt"
-    text.write_text(row["context"])
+    text.write_bytes(row["context"].replace("\n", "\r\n").encode())
     send = [sys.executable, HERE / "stage3_full.py", "--send", text]
     message = subprocess.run(send, cwd=tmp_path, capture_output=True, check=True).stdout
     piped = subprocess.run([*send[:-1], "-"], cwd=tmp_path, capture_output=True, check=True, input=text.read_bytes())
     assert piped.stdout == message and len(message) < len(row["context"]) / 3
+    assert sender.text(message)[0].encode() == text.read_bytes()  # line ends, too
     (tmp_path / "message").write_bytes(message)
     for model in ("tiny", "tiny-qwen"):
         run = succeed(stage3, "--receive", tmp_path / "message", "--model", model, "--question", row["question"])
