@@ -82,7 +82,7 @@ def stage2(shared: str) -> dict[str, list[str]]:
 
 
 def stage3(shared: str) -> dict[str, list[str]]:
-    runs = {"world-alone": ["--seed", "0"]}  # what a fresh clone trains: a sender that knows no English
+    runs = {}
     if (ROOT / shared).is_dir():
         corpus = [f"{shared}/data/squad/train-subset.json", f"{shared}/data/text/tinystories_sample.txt"]
         for seed in (0, 1, 2):
