@@ -252,6 +252,9 @@ def test_an_llm_that_reads_more_of_a_token_than_its_embedding_is_refused(random_
 LOAD = """
 import sys, threading, time, torch
 from common import load_reader
+from plumbing import hub
+
+hub.AutoModelForCausalLM, hub.AutoTokenizer, hub.GradientCheckpointingLayer  # importing transformers is not loading
 
 def anonymous():  # not the file's pages, which the machine takes back when it needs them
     return 1024 * int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])
