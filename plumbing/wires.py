@@ -35,7 +35,7 @@ def open_out(args: argparse.Namespace, folder: str = "") -> Path:
     path = Path(args.out, folder)
     if rank():
         return path
-    if path.exists() and any(path.samefile(other) for other in IN_USE):
+    if path.exists() and any(other.exists() and path.samefile(other) for other in IN_USE):
         raise UserError(f"--out {path}: this run reads that directory, and would overwrite it; give another directory")
     lock = filelock.FileLock(path / ".lock", timeout=0)
     try:

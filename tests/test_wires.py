@@ -55,6 +55,12 @@ def test_a_data_file_is_not_overwritten(name, random_llm, tmp_path):
     assert run.code == 2 and "this run reads that directory" in run.stderr and files(tmp_path) == before
 
 
+def test_a_directory_that_was_read_and_is_gone_bars_no_other(random_llm, tmp_path, monkeypatch, no_picture):
+    monkeypatch.setattr("plumbing.wires.IN_USE", {tmp_path / "gone"})
+    (tmp_path / "out").mkdir()
+    succeed(stage1, "--model", random_llm, *QUICK, "--out", tmp_path / "out")
+
+
 @pytest.mark.parametrize("stage", ("stage1", "stage3"))
 def test_an_unfinished_run_is_not_discarded_without_being_told(stage, random_llm, ladder, tmp_path, no_picture):
     module, flags = ladder_flags(random_llm, ladder)[stage]
