@@ -29,7 +29,8 @@ def to_bytes(intervals: Iterable[tuple[int, int, int]]) -> bytes:
         value = -(-low >> zeros) << zeros  # the first number that is not below `low` and ends in so many zeros
         if value < low + width:
             break
-    return value.to_bytes(size, "big").rstrip(b"\0")
+    data = value.to_bytes(size, "big")
+    return data[: max(size - 8, len(data.rstrip(b"\0")))]  # a reader refuses more than 16 bytes beyond the end
 
 
 class FromBytes:

@@ -187,7 +187,7 @@ class Sender(Pieces):
             member = bits.next(walk.send(group))
             piece = self.pieces[group * MEMBERS + member]
             size += len(piece)
-            # a sender's latents end with the message: 8 bytes beyond its end, it is broken
+            # a sender's latents end with the message: 16 bytes beyond its end, it is broken
             if not piece or size > MAX_TEXT or bits.read > len(message.payload) + 16:
                 raise broken()
             parts.append(piece)

@@ -29,7 +29,7 @@ QUESTION = "What does Pergalan sell?"
 ODD_TEXTS = (
     PASSAGE, "Hello Émile 😀 naïve  x\n12345 cafe\u0301", "ALL CAPS and lower", "👍🏽🇫🇷❤️ ok", "\t\n  \n",
     "中文字 한국어",
-    "", "a", " ", "\x00\x7f", "x" * 300, "a </s> b <s> <unk>", "▁", "\ufeff" * 40, PASSAGE * 60,
+    "", "a", " ", "\x00\x7f", "x" * 300, "\0" * 500, "a </s> b <s> <unk>", "▁", "\ufeff" * 40, PASSAGE * 60,
 )  # fmt: skip
 
 
@@ -49,6 +49,13 @@ def test_the_coder_gives_back_what_it_was_given_at_the_price_of_its_information(
         assert [numbers.next(row) for row in ends[:count]] == chosen[:count]
         information = sum(np.log2(total / (end - start)) for start, end, total in intervals[:count]) / 8
         assert information <= len(data) + 1 and len(data) <= information * 1.0001 + 1
+
+
+def test_a_message_of_zeros_keeps_what_its_reader_looks_for():
+    """Every interval begins at 0. A reader refuses more than 16 bytes beyond the end of a message."""
+    data, ends = to_bytes([(0, 1, 2)] * 300), np.array([1, 2])
+    numbers = FromBytes(data)
+    assert [numbers.next(ends) for _ in range(300)] == [0] * 300 and numbers.read <= len(data) + 16
 
 
 def random_tensors(large: bool = False) -> dict[str, np.ndarray]:
