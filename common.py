@@ -87,6 +87,13 @@ class Reader:
         listed = listed if isinstance(listed, list) else [listed]
         return sorted({i for i in [*listed, self.tokenizer.eos_token_id] if i is not None})
 
+    def answer(self, ids: list[int]) -> str:
+        """The answer in generated tokens: up to the first end, and of that the first line."""
+        end = next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
+        answer = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        # base models often run on into another question
+        return answer.strip().split("\n")[0].strip()
+
 
 def load_reader(
     name: str, device: torch.device, dtype: torch.dtype, checkpointing: bool = False, split: bool = False
@@ -374,13 +381,7 @@ def generate(
         inputs = {"input_ids": padded} if receive is None else {"inputs_embeds": padded.to(reader.dtype)}
         new = reader.model.generate(**inputs, attention_mask=mask, generation_config=settings)
         new = new[:, mask.shape[1] :] if receive is None else new
-        answers = []
-        for ids in new.tolist():
-            end = next((place for place, token in enumerate(ids) if token in reader.eos_ids), len(ids))
-            answer = reader.tokenizer.decode(ids[:end], skip_special_tokens=True)
-            # base models often run on into another question, so keep the first line only
-            answers.append(answer.strip().split("\n")[0].strip())
-        return answers
+        return [reader.answer(ids) for ids in new.tolist()]
 
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     found = [answer for answers in map_over_processes(answers_of, batches) for answer in answers]
@@ -559,31 +560,53 @@ def evaluate(wire: Wire, data: Data, batch_size: int) -> tuple[dict, list[dict]]
     Every prompt really becomes a message of bytes and is rebuilt from those bytes alone: wire_bytes is their length.
     """
     reader, rows = wire.reader, data.test
-    print(f"evaluating on {len(rows)} test rows", flush=True)
-    prompts = [sent_prompt(reader, row) for row in rows]
-    id_lists, texts = [prompt.ids for prompt in prompts], [prompt.text for prompt in prompts]
-    cut = sum(prompt.truncated for prompt in prompts)
-    if cut:
-        print(f"note: {cut} of {len(rows)} test prompts exceed {reader.prompt_tokens} tokens: context cut at its end")
+    prompts = test_prompts(reader, rows)
+    id_lists = [prompt.ids for prompt in prompts]
     messages = map_over_processes(wire.send, prompts)
     pairs = list(zip(messages, id_lists, strict=True))
     found = map_over_processes(lambda pair: received_cosines(wire, *pair), pairs)
     positions, cosines = [count for count, _ in found], [cosine for _, part in found for cosine in part]
-    metrics = byte_baselines(reader, texts, id_lists)
-    metrics["examples"] = len(rows)
-    metrics["wire_bytes"] = sum(map(len, messages)) / len(rows)
-    metrics["positions"] = sum(positions) / len(rows)
-    metrics["text_positions"] = sum(map(len, id_lists)) / len(rows)
+    metrics = {"wire_bytes": sum(map(len, messages)) / len(rows)}
     metrics["cosine"] = sum(cosines) / len(cosines) if positions == list(map(len, id_lists)) else None
     print("  NLL from text and through the wire", flush=True)
-    metrics["nll_text"] = mean_nll(reader, rows, batch_size)
     metrics["nll_wire"] = mean_nll(reader, rows, batch_size, wire)
+    answers = []
+    if data.kind == "qa":
+        print("  answers through the wire", flush=True)
+        answers = generate(reader, messages, batch_size, wire.receive)
+    compared, records = beside_text(reader, rows, prompts, positions, answers, batch_size)
     if data.kind == "text":
         nlls = [(mean_nll(reader, [row], 1), mean_nll(reader, [row], 1, wire)) for row in rows[:20]]
-        return metrics, [{"window": text, "text": a, "wire": b} for text, (a, b) in zip(texts, nlls, strict=False)]
+        texts = [prompt.text for prompt in prompts]
+        records = [{"window": text, "text": a, "wire": b} for text, (a, b) in zip(texts, nlls, strict=False)]
+    return metrics | compared, records
 
-    print("  answers through the wire", flush=True)
-    answers = generate(reader, messages, batch_size, wire.receive)
+
+def test_prompts(reader: Reader, rows: list[dict]) -> list[Prompt]:
+    """What is sent of the test rows; says how many there are, and how many are cut."""
+    print(f"evaluating on {len(rows)} test rows", flush=True)
+    prompts = [sent_prompt(reader, row) for row in rows]
+    cut = sum(prompt.truncated for prompt in prompts)
+    if cut:
+        print(f"note: {cut} of {len(rows)} test prompts exceed {reader.prompt_tokens} tokens: context cut at its end")
+    return prompts
+
+
+def beside_text(
+    reader: Reader, rows: list[dict], prompts: list[Prompt], positions: list[int], answers: list[str], batch_size: int
+) -> tuple[dict, list[dict]]:
+    """(metrics, records) of answers through a wire beside those from the text and the other controls.
+
+    positions: that the wire takes, for each prompt; answers: through the wire, or none of plain text.
+    """
+    id_lists = [prompt.ids for prompt in prompts]
+    metrics = byte_baselines(reader, [prompt.text for prompt in prompts], id_lists)
+    metrics["examples"] = len(rows)
+    metrics["positions"] = sum(positions) / len(rows)
+    metrics["text_positions"] = sum(map(len, id_lists)) / len(rows)
+    metrics["nll_text"] = mean_nll(reader, rows, batch_size)
+    if not answers:
+        return metrics, []
     print("  answers from text", flush=True)
     text_answers = generate(reader, id_lists, batch_size)
     print("  answers without context", flush=True)

@@ -50,6 +50,7 @@ from plumbing.report import finish
 from plumbing.spelling import learn_pieces, odd_text, tokenize, words_of
 from plumbing.training import Run, identity, micro_batches
 from plumbing.wires import Contents, SavedWire, check_shapes, load_wire, open_out
+from stage3 import slots
 from stage3.evaluation import measure, message_rows
 from stage3.message import CARRIES, MAX_TEXT, split_question, with_question
 from stage3.sender import CONTEXT, MEMBERS, ORDERS, SLOTS, History, Pieces, Sender
@@ -91,11 +92,12 @@ def parse_arguments():
     add_arguments(parser, STAGE, CONFIG)
     add = parser.add_argument
     add("--corpus", metavar="FILE", nargs="+", help="other texts to learn: .txt, .json, .jsonl as --data, or squad")
+    slots.add_receiver(parser)
     add("--wire-carries", choices=CARRIES, help="what travels: the whole prompt, or all but the question")
     add("--send", metavar="TEXT|FILE|-", help="write the message of a text to standard output; no LLM")
     add("--send-lines", metavar="FILE|-", help="write the message of each line, in base64, as a line; no LLM")
     add("--receive", metavar="FILE|-", help="print what --model answers to a message ('-': standard input)")
-    add("--question", help="to ask about a context that travels, or to send with one")
+    add("--question", nargs="+", help="to ask about a context that travels (several times), or to send with one")
     add("--wire", metavar="WIRE_DIR", help=f"for --send, --send-lines and --receive; default: {SHIPPED}")
     args = finish_arguments(parser)
     once = [flag for flag in ("send", "send_lines", "receive") if getattr(args, flag) is not None]
@@ -245,10 +247,13 @@ def send_once(args) -> None:
     """--send and --send-lines: text -> message, or each line -> a line of base64, on standard output."""
     wire = load_wire(args.wire or SHIPPED, STAGE, WIRE)
     flag = "--send-lines" if args.send is None else "--send"
-    carries = args.wire_carries or ("prompt" if args.question else "context")
-    if carries == "prompt" and not args.question:
+    if args.question and len(args.question) > 1:
+        raise UserError(f"{flag} takes one --question: it travels with the text; a receiver may ask several")
+    (question,) = args.question or [None]
+    carries = args.wire_carries or ("prompt" if question else "context")
+    if carries == "prompt" and not question:
         raise UserError(f"{flag} of a whole prompt needs a --question; without one, a context travels")
-    if carries == "context" and args.question:
+    if carries == "context" and question:
         raise UserError("--wire-carries context leaves the question to the receiver: drop --question")
     if args.send is None and args.send_lines != "-" and not Path(args.send_lines).is_file():
         raise UserError(f"--send-lines {args.send_lines}: no such file")
@@ -259,7 +264,7 @@ def send_once(args) -> None:
         raise UserError(f"{flag}: standard output is closed, so the message has nowhere to go; redirect it to a file")
     sender, lines = load_sender(wire), [text] if args.send is not None else text.removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
-        message = sender.send(PROMPT.format(context=line, question=args.question) if args.question else line, carries)
+        message = sender.send(PROMPT.format(context=line, question=question) if question else line, carries)
         sys.stdout.buffer.write(message if args.send is not None else base64.b64encode(message) + b"\n")
         if number % 1000 == 0:
             print(f"{number} of {len(lines)} lines", file=sys.stderr, flush=True)
@@ -267,7 +272,7 @@ def send_once(args) -> None:
 
 
 def receive_once(args) -> None:
-    """--receive: message -> what the LLM answers."""
+    """--receive: message -> what the LLM answers, a line for each question."""
     saved = load_wire(args.wire or SHIPPED, STAGE, WIRE)
     if args.receive == "-" and sys.stdin is None:
         raise UserError("--receive -: standard input is closed; give the message there, or its file")
@@ -277,14 +282,21 @@ def receive_once(args) -> None:
         with open(args.receive, "rb") as file:
             message = file.read(2 * MAX_TEXT)
     sender = load_sender(saved)
-    sender.text(message)  # refused before an LLM is loaded
+    text, carries = sender.text(message)  # refused before an LLM is loaded
     device, _ = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
+    if args.receiver == "slots":
+        if carries == "prompt" or not args.question:
+            raise UserError("--receiver slots reads a context and then questions: ask them here, not with --send")
+        slots_wire = slots.load_slots(args.wire or SHIPPED, args.model or BOTH[0])
     reader = load_reader(args.model or BOTH[0], device, dtype, split=args.device == "split")
-    prompt = arrived(sender, reader, message, args.question)
-    if prompt.truncated:
+    if args.receiver == "slots":
+        print("\n".join(slots.ask(reader, slots_wire, args, text, args.question)))
+        return
+    prompts = [arrived(sender, reader, message, question) for question in args.question or [None]]
+    if any(prompt.truncated for prompt in prompts):
         print(f"note: the context exceeds {reader.prompt_tokens} tokens: cut at its end", file=sys.stderr)
-    print(generate(reader, [prompt.ids], 1)[0])
+    print("\n".join(generate(reader, [prompt.ids for prompt in prompts], 8)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,6 +340,12 @@ def step_texts(args, step: int, data: Data, reader: Reader, corpus: list[str], c
 
 
 def main() -> None:
+    chosen = Parser(add_help=False)
+    slots.add_receiver(chosen)
+    chosen.add_argument("--receive")
+    known, _ = chosen.parse_known_args()
+    if known.receiver == "slots" and known.receive is None:
+        return slots.main()
     args = parse_arguments()
     if args.receive is not None:
         return receive_once(args)

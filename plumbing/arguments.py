@@ -11,7 +11,9 @@ from plumbing.launch import UserError, one_line
 from plumbing.wires import SavedWire
 
 # flags that say where and how a run works, not what it trains
-NOT_SAVED = "out resume overwrite eval_only dry_run random_weights send send_lines receive wire question".split()
+NOT_SAVED = (
+    "out resume overwrite eval_only dry_run random_weights send send_lines receive wire question receiver latents rate"
+).split()
 
 
 class Parser(argparse.ArgumentParser):

@@ -83,6 +83,29 @@ class Data:
             rows.append(self.train[epoch_order(seed, epoch, len(self.train))[offset]])
         return rows
 
+    def train_passages(self, seed: int, start: int, count: int, most: int) -> list[list[dict]]:
+        """Rows start .. start+count-1 of the stream, each with up to `most` - 1 others about the same passage.
+
+        In a file, those are looked for next to it.
+        """
+        if self.train is None:
+            return [world.make_questions("train", seed, i)[:most] for i in range(start, start + count)]
+        passages = []
+        for i in range(start, start + count):
+            epoch, offset = divmod(i, len(self.train))
+            place = int(epoch_order(seed, epoch, len(self.train))[offset])
+            rows = [self.train[place]]
+            for step in (1, -1):
+                other = place + step
+                while len(rows) < most and 0 <= other < len(self.train):
+                    row = self.train[other]
+                    if row["context"] != rows[0]["context"]:
+                        break
+                    rows.append(row)
+                    other += step
+            passages.append(rows)
+        return passages
+
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:

@@ -10,7 +10,8 @@ from plumbing.launch import ROOT, UserError
 def __getattr__(name: str):
     """transformers, or a class of it, imported at its first use: that takes two seconds, and a sender needs none."""
     if name not in (
-        "transformers", "AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "GradientCheckpointingLayer",
+        "transformers", "AutoModelForCausalLM", "AutoTokenizer", "DynamicCache", "GenerationConfig",
+        "GradientCheckpointingLayer",
     ):  # fmt: skip
         raise AttributeError(name)
     import transformers

@@ -26,6 +26,7 @@ import stage3_full as stage3  # noqa: E402
 from plumbing.checkpoints import CHECKPOINT, read_checkpoint  # noqa: E402
 from plumbing.launch import launch  # noqa: E402
 from plumbing.wires import load_wire  # noqa: E402
+from stage3 import slots  # noqa: E402
 
 CPU = torch.device("cpu")
 stage3.PIECES, stage3.PIECE_TEXTS = 512, 100  # to learn 8,192 pieces from 8,000 texts takes ten seconds
@@ -109,10 +110,11 @@ def ladder_flags(llm: Path, wires: Path) -> dict:
         "stage1": (stage1, (*on, "--code-dim", "8", "--adapter", "codebook", "--llm-steps", "2")),
         "stage2": (stage2, (*on, "--stage1", wires / "stage1")),
         "stage3": (stage3, on),
+        "slots": (slots, ("--receiver", "slots", *on)),
     }
 
 
-LADDER = ("stage0", "stage1", "stage2", "stage3")
+LADDER = ("stage0", "stage1", "stage2", "stage3", "slots")
 
 
 @pytest.fixture(scope="session")

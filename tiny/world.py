@@ -293,12 +293,16 @@ def make_passage(
     return write(context), [(write(question), write(answer)) for question, answer in asked]
 
 
-def make_example(split: str, seed: int, index: int, unseen: bool = False, style: str | None = None) -> dict:
-    """The index-th example of a split: {"context", "question", "answers": [one]}, 3-8 facts."""
+def make_questions(split: str, seed: int, index: int, unseen: bool = False, style: str | None = None) -> list[dict]:
+    """The index-th passage of a split, 3-8 facts: a row {"context", "question", "answers": [one]} for each question."""
     rng = random.Random(f"{split}/{seed}/{index}" + "/unseen" * unseen)  # a str seed: the same on every platform
     context, questions = make_passage(rng, split, rng.randint(3, 8), unseen, style)
-    question, answer = questions[0]
-    return {"context": context, "question": question, "answers": [answer]}
+    return [{"context": context, "question": question, "answers": [answer]} for question, answer in questions]
+
+
+def make_example(split: str, seed: int, index: int, unseen: bool = False, style: str | None = None) -> dict:
+    """The index-th example of a split: a passage with the first of its questions."""
+    return make_questions(split, seed, index, unseen, style)[0]
 
 
 def make_examples(split: str, count: int, seed: int = 0, unseen: bool = False, style: str | None = None) -> list[dict]:

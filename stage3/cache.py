@@ -1,0 +1,134 @@
+"""What a frozen LLM keeps of the tokens it has read, as rows of numbers that can be chosen, changed and put back.
+
+A *row* holds the keys and values of one token in every layer. Keys are taken as they were before RoPE turned them by
+their position, so that the same content has the same numbers wherever it stands; a row goes back into a cache at the
+position where its token stood. Between the rows that stay there are gaps, so every position is given explicitly.
+
+Letters: B batch, T padded length, S rows that stay, n numbers of a row, H heads, h numbers of a head, V vocabulary.
+"""
+
+import inspect
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from common import MAX_NEW_TOKENS, Reader
+from plumbing import hub
+from plumbing.launch import UserError
+
+PLAIN = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # layers of a cache with keys and values of every token
+
+
+@dataclass
+class Memory:
+    """What an LLM has of B contexts when it begins to read their questions."""
+
+    rows: Tensor  # [B, S, n]
+    at: Tensor  # [B, S] where each row's token stood
+    real: Tensor  # [B, S] 1, or 0 for padding, which is on the left
+    lengths: Tensor  # [B] tokens of the whole context: where a question begins
+
+    def of(self, contexts: list[int] | Tensor) -> "Memory":
+        """Of some of the contexts, in any order; of one several times, if it is asked several times."""
+        return Memory(self.rows[contexts], self.at[contexts], self.real[contexts], self.lengths[contexts])
+
+
+class Layout:
+    """How the cache of one LLM becomes rows, and rows its cache."""
+
+    def __init__(self, reader: Reader):
+        """Raises UserError for an LLM that keeps no keys and values of every token, or takes no positions."""
+        self.reader, kind = reader, f"--model {reader.name}: a {type(reader.model).__name__}"
+        if "position_ids" not in inspect.signature(reader.model.forward).parameters:
+            raise UserError(f"{kind} takes no positions, and slots have gaps between them")
+        if getattr(reader.model.config, "alibi", False):
+            raise UserError(f"{kind} attends by distance (ALiBi), not by positions, and slots have gaps between them")
+        with torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=reader.device)
+            cache = getattr(reader.model(input_ids=token, use_cache=True), "past_key_values", None)
+        layers = getattr(cache, "layers", [cache])
+        other = sorted({type(layer).__name__ for layer in layers} - PLAIN)
+        if other:
+            raise UserError(f"{kind} keeps a {other[0]} of its context, and slots are keys and values")
+        parts = [part for layer in layers for part in (layer.keys, layer.values)]
+        self.shapes = [(part.shape[1], part.shape[3]) for part in parts]  # (H, h)
+        self.n = sum(heads * width for heads, width in self.shapes)
+        # RoPE, where it is one and the same in all layers; else keys stay as they lie in the cache
+        self.rotary = next((m for name, m in reader.model.named_modules() if name.endswith("rotary_emb")), None)
+        self.rotate = getattr(sys.modules[type(reader.model).__module__], "apply_rotary_pos_emb", None)
+        one_for_all = self.rotary and "layer_type" not in inspect.signature(self.rotary.forward).parameters
+        self.rotary = self.rotary if one_for_all and self.rotate else None
+
+    def turned(self, keys: Tensor, at: Tensor, back: bool = False) -> Tensor:
+        """Keys [B,H,S,h] turned by their positions [B,S], or turned back."""
+        if self.rotary is None:
+            return keys
+        cos, sin = self.rotary(keys, at)
+        if back:
+            scale = cos.square() + sin.square()  # not 1 in some LLMs for long contexts
+            cos, sin = cos / scale, -sin / scale
+        width = cos.shape[-1]  # of a key, some LLMs turn only the first numbers
+        turned, _ = self.rotate(keys[..., :width], keys[..., :width], cos, sin)
+        return torch.cat([turned, keys[..., width:]], -1)
+
+    def rows(self, cache, at: Tensor) -> Tensor:
+        """[B,T,n] float32: what a cache of transformers holds of T tokens at the positions `at` [B,T]."""
+        parts = [(self.turned(layer.keys, at, back=True), layer.values) for layer in cache.layers]
+        return torch.cat([part.transpose(1, 2).flatten(2).float() for pair in parts for part in pair], -1)
+
+    def cache(self, memory: Memory):
+        """A cache of transformers with these rows, from which the frozen LLM reads on. Differentiable."""
+        parts = memory.rows.split([heads * width for heads, width in self.shapes], -1)
+        parts = [part.unflatten(-1, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
+        cache, dtype = hub.DynamicCache(), self.reader.dtype
+        for layer, (keys, values) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
+            cache.update(self.turned(keys, memory.at).to(dtype), values.to(dtype), layer)
+        return cache
+
+
+def logits_behind(layout: Layout, memory: Memory, tails: list[list[int]], first: list[int]) -> Tensor:
+    """[targets,V] float32: what the frozen LLM predicts for the tokens of each tail from its `first` one on.
+
+    Tail i is read behind context i of the memory.
+    """
+    reader = layout.reader
+    ids = pad_sequence([torch.tensor(tail) for tail in tails], batch_first=True)  # [B, T]
+    place = torch.arange(ids.shape[1])
+    ends = torch.tensor([len(tail) for tail in tails])[:, None]
+    labelled = (place >= torch.tensor(first)[:, None] - 1) & (place < ends - 1)
+    columns = labelled.any(0).nonzero()[:, 0]
+    real = (place < ends).long().to(reader.device)
+    output = reader.model(
+        input_ids=ids.to(reader.device),
+        past_key_values=layout.cache(memory),
+        attention_mask=torch.cat([memory.real, real], 1),
+        position_ids=memory.lengths[:, None] + place.to(reader.device),
+        logits_to_keep=columns,
+    )
+    return output.logits[labelled[:, columns].to(reader.device)].float()
+
+
+@torch.inference_mode()
+def answers_behind(layout: Layout, memory: Memory, tails: list[list[int]]) -> list[str]:
+    """Greedy answers to questions (their tokens); question i is read behind context i of the memory."""
+    reader, device = layout.reader, layout.reader.device
+    ids = pad_sequence([torch.tensor(tail) for tail in tails], batch_first=True, padding_side="left").to(device)
+    lengths = torch.tensor([len(tail) for tail in tails], device=device)
+    place = torch.arange(ids.shape[1], device=device) - (ids.shape[1] - lengths)[:, None]  # below 0: padding
+    mask = torch.cat([memory.real, (place >= 0).long()], 1)
+    at, cache, found = memory.lengths[:, None] + place.clamp(min=0), layout.cache(memory), []
+    done = torch.zeros(len(tails), dtype=torch.bool, device=device)
+    ends = torch.tensor(reader.eos_ids, device=device)
+    while len(found) < MAX_NEW_TOKENS and not done.all():
+        output = reader.model(
+            input_ids=ids, past_key_values=cache, attention_mask=mask, position_ids=at, logits_to_keep=1
+        )
+        ids = output.logits[:, -1:].argmax(-1)  # [B, 1]
+        found.append(ids)
+        done |= torch.isin(ids[:, 0], ends)
+        mask, at = F.pad(mask, (0, 1), value=1), at[:, -1:] + 1
+    return [reader.answer(row) for row in torch.cat(found, 1).tolist()]

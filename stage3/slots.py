@@ -1,0 +1,534 @@
+"""Stage 3, the last rung: stage 0's own shape, 32 latents of 256 numbers for a context, in the order that works.
+
+    context -> frozen LLM + [low-rank update] -> keys, values -> [encoder] -> 32 latents x 256     what stands for it
+               known       starts at zero       of 32 tokens     starts at PCA
+    latents -> [adapter] -> keys and values of 32 slots -> frozen LLM reads the question behind them -> answer
+               starts at the inverse PCA                   target: the answer after the whole text
+
+Everything starts as something that is known to work. A frozen LLM reads a context once and keeps keys and values of
+every token; it goes on from those of a few (*slots*), at their original positions, nearly as well as from all, if they
+are the right ones. So before the first step a scorer chooses the tokens that the same LLM attends to when it answers
+other questions, and their keys and values, `n` numbers a token, go through a PCA of 256 components. Then one part is
+trained: a low-rank update of the LLM that reads the context, so that what is said by the tokens that go moves into
+those that stay, together with the two matrices around the latents. The LLM that answers is frozen and never updated.
+
+    python stage3_full.py --receiver slots --model tiny                                     # README has the scores
+    python stage3_full.py --receiver slots --eval-only tiny/wires/stage3 --rate 2           # half as many positions
+    python stage3_full.py --receive message --receiver slots --question "Who?" "Where?"     # one cache, two questions
+
+Letters: B batch, T padded length, S slots, n numbers of a row (keys and values of a token in every layer), d LLM
+embedding width, V vocabulary.
+"""
+
+import contextlib
+import math
+import random
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import (
+    PROMPT,
+    Reader,
+    answer_ids,
+    as_prompt,
+    beside_text,
+    check_prompts,
+    load_reader,
+    make_prompt,
+    score,
+    test_prompts,
+)
+from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_float, positive_int
+from plumbing.checkpoints import module_tensors
+from plumbing.data import Data, load_data
+from plumbing.hub import MODELS
+from plumbing.kinds import COUNT
+from plumbing.launch import ROOT, UserError, set_up
+from plumbing.models import check_fingerprint
+from plumbing.processes import map_over_processes, my_share
+from plumbing.report import finish
+from plumbing.spelling import tokenize
+from plumbing.training import Run, identity, micro_batches
+from plumbing.wires import MODULE, Contents, SavedWire, load_module, load_wire, open_out
+from stage3.cache import Layout, Memory, answers_behind, logits_behind
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configuration: lower case are flags (--help), upper case are fixed
+
+STAGE = "slots"  # of the wire; it is started as stage3_full.py --receiver slots
+CONFIG = dict(
+    model="tiny",  # an alias, hub id or directory; tiny is embedded and needs no download
+    data="tiny",  # questions about invented passages; or squad, or a file
+    steps=2400,
+    batch_size=16,  # passages a step
+    lr=2e-3,  # peak
+)
+FIXED_BY_WIRE = ("model", "data")  # --eval-only reads these from the wire
+WIRE = Contents({"embedding_width": COUNT}, {"slots.*": MODULE})  # what is saved
+BETAS = (0.9, 0.98)
+FITTED_RATE = 0.05  # times the learning rate: what starts at the PCA should not leave it at once
+LATENTS, LATENT_WIDTH = 32, 256  # stage 0's
+RANK = 64  # of the update of each matrix
+RATES = 1.0, 5.0  # tokens of a context for each slot, drawn anew for each passage of the training
+QUESTIONS = 6  # about each passage of a step
+KNOWN = 300  # passages that scorer and PCA are fitted on
+CURVE = 1, 2, 3, 4  # tokens of a context for each slot, at which every evaluation measures F1, too
+
+
+def add_receiver(parser: Parser) -> None:
+    """The flags that stage3_full.py and this file share."""
+    add, told = parser.add_argument, "text: the LLM reads every token; slots: it reads few positions of a context"
+    add("--receiver", choices=("text", "slots"), default="text", help=f"{told} (stage3/slots.py)")
+    add("--latents", metavar="N", type=positive_int, default=LATENTS, help="slots of a context (default: %(default)s)")
+    add("--rate", metavar="R", type=positive_float, help="instead of --latents: tokens of a context for each slot")
+
+
+def parse_arguments():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add_receiver(parser)
+    add_arguments(parser, STAGE, CONFIG)
+    args = finish_arguments(parser)
+    if args.gradient_checkpointing:
+        parser.error("--gradient-checkpointing: slots take keys and values from all layers, which it would not keep")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# passages: a context as tokens, and the questions behind it
+
+
+class Passage:
+    """The tokens of a context, and of each question behind it with its answer."""
+
+    def __init__(self, reader: Reader, rows: list[dict]):
+        """rows: questions about one context, with or without answers."""
+        longest = max((row["question"] for row in rows), key=len)
+        context = make_prompt(reader, rows[0]["context"], longest).context  # cut, if it must be
+        prompts = [make_prompt(reader, context, row["question"]) for row in rows]
+        whole = as_prompt(reader, PROMPT.format(context=context, question=longest))
+        end = whole.rindex(f"\nQuestion: {longest}")
+        ids = tokenize(reader, whole[:end])
+        split = min(shared(ids, prompt.ids) for prompt in prompts)
+        self.ids = ids[:split]
+        self.head = shared(self.ids, head_ids(reader))  # tokens before the context; they always stay
+        self.tails = [prompt.ids[split:] for prompt in prompts]
+        golds = [row["answers"][0] if "answers" in row else None for row in rows]
+        pairs = zip(prompts, golds, strict=True)
+        self.answers = [[] if gold is None else answer_ids(reader, prompt, gold) for prompt, gold in pairs]
+
+    def count(self, rate: float) -> int:
+        """Slots for the context at so many tokens a slot."""
+        return math.ceil((len(self.ids) - self.head) / rate)
+
+
+def head_ids(reader: Reader) -> list[int]:
+    """The tokens in front of every context: a start token, a chat's instruction, or none."""
+    whole = as_prompt(reader, PROMPT.format(context="", question="?"))
+    return tokenize(reader, whole[: whole.rindex("\nQuestion: ?")])
+
+
+def shared(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def padded(lists: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids [B,T], mask [B,T]) of lists of tokens, padded on the right."""
+    length = max(map(len, lists))
+    ids = torch.tensor([tokens + [0] * (length - len(tokens)) for tokens in lists])
+    real = torch.tensor([[1] * len(tokens) + [0] * (length - len(tokens)) for tokens in lists])
+    return ids.to(device), real.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model: what is read of a context, which tokens stay, and the latents between
+
+
+class Update(nn.Module):
+    """A low-rank update of every matrix of an LLM (Hu et al. 2021, LoRA), which is zero before training."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        output = model.get_output_embeddings()
+        self.parts = {
+            name.replace(".", "_"): part
+            for name, part in model.named_modules()
+            if part is not output and (isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D")  # GPT-2's
+        }
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        for name, part in self.parts.items():
+            rows, columns = part.weight.shape if type(part).__name__ == "Conv1D" else part.weight.shape[::-1]
+            self.a[name] = nn.Parameter(torch.randn(rows, RANK) / rows**0.5)
+            self.b[name] = nn.Parameter(torch.zeros(RANK, columns))
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, the LLM computes with the update."""
+
+        def updated(a: Tensor, b: Tensor):
+            return lambda _, inputs, output: output + inputs[0] @ a.to(output.dtype) @ b.to(output.dtype)
+
+        parts = self.parts.items()
+        hooks = [part.register_forward_hook(updated(self.a[name], self.b[name])) for name, part in parts]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class Slots(nn.Module):
+    """A context -> latents [S,256] and where their tokens stood; latents -> keys and values of slots."""
+
+    def __init__(self, reader: Reader):
+        super().__init__()
+        d, self.reader, self.layout = reader.table.shape[1], reader, Layout(reader)
+        n = self.layout.n
+        self.update = Update(reader.model)
+        self.stays = nn.Parameter(torch.zeros(d))  # added to the embeddings of the tokens that stay
+        self.encoder, self.adapter = nn.Linear(n, LATENT_WIDTH), nn.Linear(LATENT_WIDTH, n)
+        self.register_buffer("scale", torch.ones(n))  # RMS of each layer's keys or values, as numbers of a row
+        self.register_buffer("scorer", torch.zeros(4 * d + 1))
+
+    def read(self, passages: list[Passage]) -> tuple[Tensor, Tensor]:
+        """(rows [B,T,n], what the scorer sees [B,T,4d+1]) of contexts, read by the LLM as it is."""
+        ids, real = padded([passage.ids for passage in passages], self.reader.device)
+        output = self.reader.model(
+            input_ids=ids, attention_mask=real, use_cache=True, output_hidden_states=True, logits_to_keep=1
+        )
+        states = output.hidden_states[-1].float()
+        states = states * states.square().mean(-1, keepdim=True).rsqrt()
+        around = F.pad(states, (0, 0, 1, 2))  # a token, one before it and two behind it
+        seen = torch.cat([around[:, i : i + ids.shape[1]] for i in range(4)], -1)
+        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return self.layout.rows(output.past_key_values, at), F.pad(seen, (0, 1), value=1.0)
+
+    @torch.no_grad()
+    def choose(self, passages: list[Passage], counts: list[int]) -> list[Tensor]:
+        """Positions of the `counts` tokens of each context that stay, in the text's order."""
+        scores = self.read(passages)[1] @ self.scorer  # [B, T]
+        chosen = []
+        for passage, part, count in zip(passages, scores, counts, strict=True):
+            part = part[passage.head : len(passage.ids)]
+            chosen.append(passage.head + part.topk(min(count, len(part))).indices.sort().values)
+        return chosen
+
+    def latents(self, passages: list[Passage], chosen: list[Tensor]) -> list[Tensor]:
+        """[S,256] of each context, where the tokens at the positions `chosen` stay."""
+        ids, real = padded([passage.ids for passage in passages], self.reader.device)
+        stay = torch.stack([torch.zeros(ids.shape[1], device=ids.device).index_fill(0, at, 1.0) for at in chosen])
+        embeddings = self.reader.table[ids] + stay[..., None] * self.stays
+        with self.update.at_work():
+            output = self.reader.model(
+                inputs_embeds=embeddings.to(self.reader.dtype), attention_mask=real, use_cache=True, logits_to_keep=1
+            )
+        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        rows = self.layout.rows(output.past_key_values, at)  # [B, T, n]
+        return [self.encoder(row[places] / self.scale) for row, places in zip(rows, chosen, strict=True)]
+
+    def memory(self, heads: list[Tensor], latents: list[Tensor], chosen: list[Tensor], lengths: list[int]) -> Memory:
+        """What the frozen LLM goes on from. heads: [h,n] rows of the tokens before each context."""
+        return stacked(heads, [self.adapter(part) * self.scale for part in latents], chosen, lengths)
+
+
+def stacked(heads: list[Tensor], rows: list[Tensor], at: list[Tensor], lengths: list[int]) -> Memory:
+    """Memory of contexts from the rows [S,n] at the positions [S] of each, behind the rows of its head."""
+    device = rows[0].device
+    rows = [torch.cat(pair) for pair in zip(heads, rows, strict=True)]
+    at = [
+        torch.cat([torch.arange(len(row) - len(part), device=device), part]) for row, part in zip(rows, at, strict=True)
+    ]
+    gaps = [max(map(len, rows)) - len(row) for row in rows]
+    return Memory(
+        torch.stack([F.pad(row, (0, 0, gap, 0)) for row, gap in zip(rows, gaps, strict=True)]),
+        torch.stack([F.pad(part, (gap, 0)) for part, gap in zip(at, gaps, strict=True)]),
+        torch.stack([F.pad(torch.ones_like(part), (gap, 0)) for part, gap in zip(at, gaps, strict=True)]),
+        torch.tensor(lengths, device=device),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the start: a scorer and a PCA, fitted on the frozen LLM
+
+
+@torch.no_grad()
+def fit_start(slots: Slots, passages: list[Passage]) -> float:
+    """Fit scorer and PCA. Returns the share of the rows' variance that the latents hold.
+
+    The scorer is a linear map to the attention that a token gets while the LLM writes the answers to all questions
+    about its passage, summed over layers and heads of the largest; by ridge regression.
+    """
+    reader = slots.reader
+    reader.model.set_attn_implementation("eager")  # the only one that returns attentions
+    sample, gram, moment = [], 0.0, 0.0
+    for passage in passages:
+        rows, seen = slots.read([passage])
+        paid = torch.zeros(len(passage.ids), device=reader.device)
+        pairs = list(zip(passage.tails, passage.answers, strict=True))
+        ids, real = padded([passage.ids + tail + answer for tail, answer in pairs], reader.device)
+        output = reader.model(input_ids=ids, attention_mask=real, use_cache=False, output_attentions=True)
+        for layer in output.attentions:  # [questions, H, T, T]
+            peaks = []
+            for i, (tail, answer) in enumerate(pairs):
+                first = len(passage.ids) + len(tail) - 1
+                peaks.append(layer[i, :, first : first + len(answer), : len(passage.ids)].float().amax(1))
+            paid += torch.stack(peaks).amax(0).sum(0)
+        sample.append(rows[0, passage.head :].cpu())
+        gram, moment = gram + seen[0].T @ seen[0], moment + seen[0].T @ paid
+    if reader.device.type != "cpu":  # where it is also the faster one, in bfloat16
+        reader.model.set_attn_implementation("sdpa")
+    slots.scorer.copy_(torch.linalg.solve(gram + 10 * torch.eye(len(gram), device=gram.device), moment))
+    sample = torch.cat(sample)[: 16 * 1024].to(reader.device)
+    numbers = [heads * width for heads, width in slots.layout.shapes]
+    scale = torch.cat([part.square().mean().sqrt().expand(part.shape[1]) for part in sample.split(numbers, 1)])
+    slots.scale.copy_(scale.clamp(min=1e-6))
+    sample /= slots.scale
+    mean = sample.mean(0)
+    components = torch.svd_lowrank(sample - mean, q=min(LATENT_WIDTH, *sample.shape), niter=4)[2]  # [n, 256]
+    slots.encoder.weight.zero_()
+    slots.adapter.weight.zero_()
+    slots.encoder.weight[: components.shape[1]] = components.T
+    slots.adapter.weight[:, : components.shape[1]] = components
+    slots.encoder.bias.copy_(-slots.encoder.weight @ mean)
+    slots.adapter.bias.copy_(mean)
+    return (((sample - mean) @ components).square().sum() / (sample - mean).square().sum()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the wire: context -> message -> memory; the question travels as text
+
+
+class Wire:
+    """Message: three numbers of 16 bits (tokens of the context, of its head, latents), then positions and latents."""
+
+    def __init__(self, slots: Slots, count: Callable[[Passage], int]):
+        """count: how many latents a passage has, at most."""
+        self.slots, self.count, self.reader = slots, count, slots.reader
+        self.head = head_ids(self.reader)
+        with torch.no_grad():
+            ids = torch.tensor([self.head], dtype=torch.long, device=self.reader.device)
+            empty = ids.new_zeros(0, slots.layout.n, dtype=torch.float32)
+            self.head_rows = self.head_memory(ids) if self.head else empty  # [h, n]
+
+    def head_memory(self, ids: Tensor) -> Tensor:
+        cache = self.reader.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        return self.slots.layout.rows(cache, torch.arange(ids.shape[1], device=ids.device)[None])[0]
+
+    @torch.no_grad()
+    def send(self, passage: Passage) -> bytes:
+        (chosen,) = self.slots.choose([passage], [self.count(passage)])
+        (latents,) = self.slots.latents([passage], [chosen])
+        numbers = struct.pack("<3H", len(passage.ids), passage.head, len(chosen))
+        return numbers + chosen.cpu().numpy().astype("<u2").tobytes() + latents.cpu().numpy().astype("<f2").tobytes()
+
+    @torch.no_grad()
+    def receive(self, messages: list[bytes]) -> Memory:
+        device, heads, latents, chosen, lengths = self.reader.device, [], [], [], []
+        for message in messages:
+            length, head, count = struct.unpack_from("<3H", message)
+            places = np.frombuffer(message, "<u2", count, 6).astype(np.int64)
+            numbers = np.frombuffer(message, "<f2", count * LATENT_WIDTH, 6 + 2 * count).astype(np.float32)
+            heads.append(self.head_rows[:head])
+            latents.append(torch.from_numpy(numbers).view(count, LATENT_WIDTH).to(device))
+            chosen.append(torch.from_numpy(places).to(device))
+            lengths.append(length)
+        return self.slots.memory(heads, latents, chosen, lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss: answers to several questions about each context, from its slots
+
+
+def answer_loss(wire: Wire, passages: list[Passage], counts: list[int], targets: int) -> Tensor:
+    """Cross-entropy (scalar) of every answer token, EOS included, divided by the `targets` of the whole step."""
+    slots = wire.slots
+    chosen = slots.choose(passages, counts)
+    latents = slots.latents(passages, chosen)
+    heads = [wire.head_rows[: passage.head] for passage in passages]
+    memory = slots.memory(heads, latents, chosen, [len(passage.ids) for passage in passages])
+    asked = [i for i, passage in enumerate(passages) for _ in passage.tails]
+    return nll_behind(slots, memory.of(asked), passages) / targets
+
+
+def nll_behind(slots: Slots, memory: Memory, passages: list[Passage]) -> Tensor:
+    """Sum of the NLL of all answers (scalar, nats); the memory has a context for each of the questions."""
+    pairs = [pair for passage in passages for pair in zip(passage.tails, passage.answers, strict=True)]
+    logits = logits_behind(slots.layout, memory, [t + a for t, a in pairs], [len(t) for t, _ in pairs])
+    labels = torch.tensor([token for _, answer in pairs for token in answer], device=logits.device)
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation: the score from slots, and every control beside it
+
+
+def asked_in_batches(wire: Wire, passages: list[Passage], messages: list[bytes], batch_size: int) -> list[str]:
+    """The answer to the first question about each passage, from the messages."""
+    order = sorted(range(len(passages)), key=lambda i: -len(messages[i]))  # like lengths together
+
+    def answers_of(part: list[int]) -> list[str]:
+        memory = wire.receive([messages[i] for i in part])
+        return answers_behind(wire.slots.layout, memory, [passages[i].tails[0] for i in part])
+
+    found = map_over_processes(answers_of, micro_batches(order, batch_size))
+    answers = [answer for part in found for answer in part]
+    return [answer for _, answer in sorted(zip(order, answers, strict=True))]
+
+
+@torch.inference_mode()
+def measure(wire: Wire, start: Wire, data: Data, batch_size: int) -> tuple[dict, dict, list[dict]]:
+    """(metrics, controls, records): named as in the JSON line; the stage's own; for samples.md. start: untrained."""
+    reader, slots, rows = wire.reader, wire.slots, data.test
+    prompts = test_prompts(reader, rows)
+    passages = [Passage(reader, [row]) for row in rows]
+    messages = map_over_processes(wire.send, passages)
+    print("  answers through the wire", flush=True)
+    answers = asked_in_batches(wire, passages, messages, batch_size)
+    counts = [struct.unpack_from("<3H", message)[2] for message in messages]
+    positions = [passage.head + count + len(passage.tails[0]) for passage, count in zip(passages, counts, strict=True)]
+    metrics, records = beside_text(reader, rows, prompts, positions, answers, batch_size)
+    metrics["wire_bytes"] = sum(map(len, messages)) / len(rows)
+
+    def nll(part: list[int]) -> float:
+        memory = wire.receive([messages[i] for i in part])
+        return nll_behind(slots, memory, [passages[i] for i in part]).item()
+
+    parts = micro_batches(range(len(rows)), batch_size)
+    metrics["nll_wire"] = sum(map_over_processes(nll, parts)) / sum(len(p.answers[0]) for p in passages)
+    others = messages[1:] + messages[:1]
+    swapped = asked_in_batches(wire, passages, others, batch_size) if len(rows) > 1 else []
+    metrics["shuffled_f1"] = score(swapped, rows)[0] if swapped else None
+
+    print("  controls: the same before training, other rates", flush=True)
+
+    def f1_of(wire: Wire, count: Callable[[Passage], int]) -> float:
+        other = Wire(wire.slots, count)
+        return score(asked_in_batches(other, passages, map_over_processes(other.send, passages), batch_size), rows)[0]
+
+    rates = {str(rate): f1_of(wire, lambda passage, rate=rate: passage.count(rate)) for rate in CURVE}
+    controls = {
+        "slots": sum(counts) / len(counts),
+        "context_tokens": sum(len(passage.ids) - passage.head for passage in passages) / len(passages),
+        "start_f1": f1_of(start, wire.count),
+        "rates": rates,
+    }
+    return metrics, controls, records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# using it
+
+
+def load_slots(directory: str, model: str) -> SavedWire:
+    """The slots of a model: a wire of its own, or one beside the sender of stage 3."""
+    beside = f"{directory}/slots-{Path(MODELS.get(model, model)).name}"
+    found = any(Path(base, beside).exists() for base in (".", ROOT))
+    return load_wire(beside if found else directory, STAGE, WIRE)
+
+
+def how_many(args) -> Callable[[Passage], int]:
+    """How many latents --latents or --rate gives a passage."""
+    return (lambda passage: passage.count(args.rate)) if args.rate else (lambda passage: args.latents)
+
+
+def ask(reader: Reader, saved: SavedWire, args, context: str, questions: list[str]) -> list[str]:
+    """Answers to several questions about a context that is read once, from one cache of a few slots."""
+    check_fingerprint(reader, saved.config, saved.name)
+    slots = Slots(reader).to(reader.device)
+    load_module(slots, "slots.", saved.tensors, saved.name)
+    wire = Wire(slots, how_many(args))
+    passage = Passage(reader, [{"context": context, "question": question} for question in questions])
+    memory = wire.receive([wire.send(passage)])
+    return answers_behind(slots.layout, memory.of([0] * len(questions)), passage.tails)
+
+
+def main() -> None:
+    args = parse_arguments()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # setup: frozen LLM, passages
+    saved = load_slots(args.eval_only, args.model or CONFIG["model"]) if args.eval_only else None
+    merge_with_saved(args, {key: CONFIG[key] for key in FIXED_BY_WIRE}, saved)
+    device, dtype = set_up(args)
+    reader = load_reader(args.model, device, dtype, split=args.device == "split")
+    if saved:
+        check_fingerprint(reader, saved.config, saved.name)
+    data = load_data(args.data, reader, args.eval_examples)
+    if data.kind == "text":
+        raise UserError(f"--data {args.data}: slots learn from answers; give questions, not plain text")
+    check_prompts(reader, data)
+    out = open_out(args)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # model: an update that is zero, the PCA of what the frozen LLM keeps, a scorer of its attention
+    slots, known = Slots(reader).to(device), 10 if args.smoke else KNOWN
+    print("scorer and PCA", flush=True)
+    passages = [Passage(reader, rows) for rows in data.train_passages(args.seed, 0, known, QUESTIONS)]
+    explained = fit_start(slots, passages)
+    start = Slots(reader).to(device)
+    start.load_state_dict(slots.state_dict())
+    if saved:
+        load_module(slots, "slots.", saved.tensors, saved.name)
+    count = how_many(args)
+    wire = Wire(slots, count)
+    print(f"{sum(p.numel() for p in slots.parameters()):,} trained parameters; rows of {slots.layout.n} numbers")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # training
+    fitted = [*slots.encoder.parameters(), *slots.adapter.parameters()]
+    others = [*slots.update.parameters(), slots.stays]
+    groups = [{"params": others, "rate": 1.0}, {"params": fitted, "rate": FITTED_RATE}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, weight_decay=0.0)
+    run = Run(args, out, {"slots": slots}, optimizer, identity(args, reader.fingerprint))
+    for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
+        # warm-up over 2% of the steps, then linearly to zero
+        warmth = min(1.0, (step + 1) / (0.02 * args.steps), (args.steps - step) / (0.98 * args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * group["rate"] * warmth
+        found = data.train_passages(args.seed, known + step * args.batch_size, args.batch_size, QUESTIONS)
+        passages = [Passage(reader, rows) for rows in found]
+        drawn = random.Random(f"{args.seed}-{step}")
+        low, high = map(math.log, RATES)
+        counts = [passage.count(math.exp(drawn.uniform(low, high))) for passage in passages]
+        targets = sum(len(answer) for passage in passages for answer in passage.answers)
+        parts = zip(*(micro_batches(items, args.micro_batch_size) for items in (passages, counts)), strict=True)
+        for part, some in my_share(list(parts)):  # all, unless torchrun started several processes
+            ce = answer_loss(wire, part, some, targets)
+            ce.backward()
+            run.add(ce=ce)
+        run.reduce()  # gradients and losses, summed over the processes
+        norm = torch.nn.utils.clip_grad_norm_(slots.parameters(), 1.0)
+        if run.accepts(norm):  # neither NaN nor a spike
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # evaluation
+    metrics, controls, records = measure(wire, Wire(start, count), data, 2 * args.micro_batch_size)
+    controls["explained_variance"] = explained
+    rows = control_rows(controls)
+    config = {"embedding_width": reader.table.shape[1]}
+    title = (
+        f"stage 3, slots: {args.rate or args.latents} {'tokens a slot' if args.rate else 'latents'} x {LATENT_WIDTH}"
+    )
+    bars = {"before training": controls["start_f1"]}
+    finish(
+        run, reader, saved, title, metrics, controls, config, rows, records, module_tensors({"slots": slots}), bars=bars
+    )
+
+
+def control_rows(controls: dict) -> list[tuple[str, str, str]]:
+    """The controls of `measure` as rows (name, value, note) of the table."""
+    tokens = f"for {controls['context_tokens']:.1f} tokens of a context"
+    curve = ", ".join(f"{rate}: {f1:.1f}" for rate, f1 in controls["rates"].items())
+    return [
+        ("slots", f"{controls['slots']:.1f}", tokens),
+        ("before training: F1", f"{controls['start_f1']:.1f}", "the scorer's choice, through the PCA"),
+        ("F1 at 1, 2, ... tokens a slot", "", curve),
+    ]

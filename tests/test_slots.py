@@ -1,0 +1,228 @@
+"""Slots: few positions of a context. A cache with gaps, rows that come back, and what a message holds."""
+
+import shutil
+import struct
+
+import pytest
+import torch
+from conftest import CPU, HERE, QUICK, run_stage, save_random_llm, succeed
+from test_models import ARCHITECTURES, MORE, TEMPLATE, families
+
+import stage3_full as stage3
+from common import generate, load_reader, make_prompt
+from plumbing.launch import UserError
+from plumbing.wires import load_wire
+from stage3 import slots
+from stage3.cache import Layout, Memory, answers_behind, logits_behind
+from tiny import world
+
+ROWS = [rows for rows in (world.make_questions("test", 5, i) for i in range(6)) if len(rows) > 1]
+TEXT = "Ada lives in Paris. Ben sells olive oil."
+NO_ROPE = ("gpt2", "opt")
+DENSE = ("llama", "qwen3", "gemma2", "phi", "gpt-neox", "gpt2")  # take a mask for each pair of tokens
+
+
+@pytest.fixture(scope="module", params=families(ARCHITECTURES, (*DENSE, "opt")))
+def reader(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("llm") / request.param.split(",")[0]
+    tokenizer = ("tiny-llama", "tiny-qwen")[list(ARCHITECTURES).index(request.param) % 2]
+    llm = save_random_llm(directory, ARCHITECTURES[request.param](), HERE / "tiny" / tokenizer)
+    return load_reader(str(llm), CPU, torch.float32)
+
+
+def family(reader) -> str:
+    return reader.name.rpartition("/")[2]
+
+
+def prefilled(layout: Layout, ids: list[int], kept: list[int]) -> Memory:
+    """The memory of a context of which only some tokens are kept, just as the LLM has them."""
+    with torch.no_grad():
+        cache = layout.reader.model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+        rows = layout.rows(cache, torch.arange(len(ids))[None])
+    real = torch.ones(1, len(kept), dtype=torch.long)
+    return Memory(rows[:, kept], torch.tensor([kept]), real, torch.tensor([len(ids)]))
+
+
+def test_all_rows_are_the_text(reader):
+    layout, passage = Layout(reader), slots.Passage(reader, ROWS[0])
+    memory = prefilled(layout, passage.ids, list(range(len(passage.ids))))
+    pairs = list(zip(passage.tails, passage.answers, strict=True))
+    with torch.no_grad():
+        found = logits_behind(
+            layout, memory.of([0] * len(pairs)), [t + a for t, a in pairs], [len(t) for t, _ in pairs]
+        )
+        whole = []
+        for tail, answer in pairs:
+            logits = reader.model(input_ids=torch.tensor([passage.ids + tail + answer])).logits[0]
+            whole.append(logits[len(passage.ids) + len(tail) - 1 : -1])
+    torch.testing.assert_close(found, torch.cat(whole), rtol=1e-4, atol=1e-4)
+    prompts = [passage.ids + tail for tail in passage.tails]
+    assert answers_behind(layout, memory.of([0] * len(pairs)), passage.tails) == generate(reader, prompts, 3)
+
+
+def test_a_cache_with_gaps_is_dense_attention_with_hidden_keys(reader):
+    if family(reader) not in DENSE:
+        pytest.skip("it takes no mask for each pair of tokens")
+    layout, passage = Layout(reader), slots.Passage(reader, ROWS[1])
+    before, (tail, answer) = len(passage.ids), (passage.tails[0], passage.answers[0])
+    kept = sorted({0, *range(1, before, 3)})
+    ids = passage.ids + tail + answer
+    hidden = torch.full((len(ids), len(ids)), float("-inf")).triu(1)
+    hidden[before:, [i for i in range(before) if i not in kept]] = float("-inf")
+    with torch.no_grad():
+        found = logits_behind(layout, prefilled(layout, passage.ids, kept), [tail + answer], [len(tail)])
+        dense = reader.model(input_ids=torch.tensor([ids]), attention_mask=hidden[None, None]).logits[0]
+    torch.testing.assert_close(found, dense[before + len(tail) - 1 : -1], rtol=1e-4, atol=1e-4)
+    text = reader.model(input_ids=torch.tensor([ids])).logits[0, before + len(tail) - 1 : -1]
+    assert (found - text).abs().max() > 1e-3  # what is hidden matters, so the comparison means something
+
+
+def test_keys_are_the_same_wherever_their_token_stands(reader):
+    layout = Layout(reader)
+    with torch.no_grad():
+        cache = reader.model(input_ids=torch.tensor([[7, 8, 7, 7]]), use_cache=True).past_key_values
+    keys, at = cache.layers[0].keys, torch.arange(4)[None]
+    back = layout.turned(keys, at, back=True)
+    torch.testing.assert_close(layout.turned(back, at), keys)
+    if family(reader) in NO_ROPE:
+        assert torch.equal(back, keys)
+    else:
+        torch.testing.assert_close(back[:, :, 0], back[:, :, 3])
+        assert not torch.allclose(keys[:, :, 0], keys[:, :, 3], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    (
+        ("mamba", "a MambaForCausalLM takes no positions"),
+        ("qwen3-next", "keeps a LinearAttentionLayer of its context"),
+        ("falcon, alibi", "attends by distance"),
+    ),
+)
+def test_an_llm_without_keys_and_values_is_refused(name, wrong, tmp_path):
+    llm = save_random_llm(tmp_path / "llm", MORE[name](), HERE / "tiny" / "tiny-qwen")
+    with pytest.raises(UserError, match=wrong):
+        Layout(load_reader(str(llm), CPU, torch.float32))
+
+
+def test_a_chat_template_stands_before_every_context(random_llm):
+    reader = load_reader(str(random_llm), CPU, torch.float32)
+    reader.tokenizer.chat_template = TEMPLATE
+    passage = slots.Passage(reader, ROWS[0])
+    head = slots.head_ids(reader)
+    assert passage.head >= len(head) - 1 > 10  # the joint with the context may be another token
+    prompt = make_prompt(reader, ROWS[0][0]["context"], ROWS[0][0]["question"])
+    assert passage.ids + passage.tails[0] == prompt.ids
+    assert reader.tokenizer.decode(passage.ids[passage.head :]).strip() == ROWS[0][0]["context"]
+    wire = slots.Wire(slots.Slots(reader), lambda passage: 5)
+    memory = wire.receive([wire.send(passage)])
+    assert memory.rows.shape[1] == passage.head + 5
+    assert torch.equal(memory.rows[0, : passage.head], wire.head_rows[: passage.head])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_reader("tiny", CPU, torch.float32)
+
+
+def test_the_start_is_the_llm_itself(tiny):
+    """Before training, the update changes nothing, and what stays goes through the PCA alone."""
+    passages = [slots.Passage(tiny, rows) for rows in ROWS]
+    fresh = slots.Slots(tiny)
+    assert slots.fit_start(fresh, passages) > 0.9  # of the rows' variance
+    places = [torch.arange(passage.head, len(passage.ids)) for passage in passages]
+    with torch.no_grad():
+        latents = fresh.latents(passages, places)
+        for passage, latent in zip(passages, latents, strict=True):
+            rows = prefilled(fresh.layout, passage.ids, list(range(passage.head, len(passage.ids)))).rows[0]
+            back = (fresh.adapter(latent) - rows / fresh.scale).square().mean()
+            assert back < 0.1 * (rows / fresh.scale).square().mean()
+    scores = fresh.read(passages)[1] @ fresh.scorer
+    assert scores.std() > 0 and torch.isfinite(scores).all()
+
+
+def test_receivers_see_the_message_alone(tiny):
+    passages = [slots.Passage(tiny, rows) for rows in ROWS]
+    wire = slots.Wire(slots.Slots(tiny), lambda passage: 9)
+    messages = [wire.send(passage) for passage in passages]
+    assert {len(message) for message in messages} == {6 + 9 * 2 + 9 * 2 * slots.LATENT_WIDTH}
+    together = wire.receive(messages)
+    for i, message in enumerate(messages):
+        alone = wire.receive([bytes(message)])
+        assert torch.equal(alone.rows[0], together.rows[i, -alone.rows.shape[1] :])
+        assert struct.unpack_from("<3H", message)[0] == together.lengths[i] == len(passages[i].ids)
+
+
+def test_a_short_context_keeps_every_token(tiny):
+    passage = slots.Passage(tiny, [{"context": "Ada lives in Paris.", "question": "Where does Ada live?"}])
+    message = slots.Wire(slots.Slots(tiny), lambda passage: 32).send(passage)
+    assert struct.unpack_from("<3H", message) == (len(passage.ids), passage.head, len(passage.ids) - passage.head)
+    assert passage.count(1) == len(passage.ids) - passage.head and passage.count(2) == -(-passage.count(1) // 2)
+
+
+def test_all_questions_of_a_passage_are_about_it():
+    for rows in ROWS:
+        assert len({row["context"] for row in rows}) == 1
+        assert len({row["question"] for row in rows}) > 1
+    assert world.make_example("test", 5, 0) == world.make_questions("test", 5, 0)[0]
+
+
+def test_several_questions_to_one_message(random_llm, ladder, tmp_path):
+    wire = tmp_path / "stage3"
+    shutil.copytree(ladder / "stage3", wire)
+    shutil.copytree(ladder / "slots", wire / f"slots-{random_llm.name}")
+    (tmp_path / "message").write_bytes(
+        stage3.load_sender(load_wire(str(wire), "stage3", stage3.WIRE)).send(TEXT, "context")
+    )
+    on = ("--model", random_llm, "--wire", wire, "--receive", tmp_path / "message")
+    ask = ("--receiver", "slots", "--question", "Where does Ada live?", "What does Ben sell?")
+    together = succeed(stage3, *on, *ask).stdout.split("\n")
+    assert together == [*(succeed(stage3, *on, *ask[:3], question).stdout.strip("\n") for question in ask[3:]), ""]
+    run = run_stage(stage3, *on, "--receiver", "slots")
+    assert run.code == 2 and "ask them here" in run.stderr
+
+
+def test_slots_are_found_beside_the_sender(random_llm, ladder, tmp_path):
+    wire = tmp_path / "stage3"
+    shutil.copytree(ladder / "slots", wire / f"slots-{random_llm.name}")
+    on = ("--receiver", "slots", "--model", random_llm, *QUICK, "--out", tmp_path / "out")
+    runs = [succeed(stage3, *on, "--eval-only", place).result for place in (wire, ladder / "slots")]
+    assert runs[0]["f1"] == runs[1]["f1"] and runs[0]["nll_wire"] == runs[1]["nll_wire"]
+    run = run_stage(stage3, *on, "--eval-only", ladder / "stage3")
+    assert run.code == 2 and "is a wire of stage3, not of slots" in run.stderr
+
+
+def test_fewer_slots_than_asked_for_in_training(random_llm, ladder, tmp_path):
+    on = (
+        "--receiver",
+        "slots",
+        "--model",
+        random_llm,
+        *QUICK,
+        "--out",
+        tmp_path / "out",
+        "--eval-only",
+        ladder / "slots",
+    )
+    by_rate, by_count = (succeed(stage3, *on, *flags).result for flags in (("--rate", "4"), ("--latents", "7")))
+    assert by_rate["positions"] < by_rate["text_positions"]
+    assert by_count["wire_bytes"] == 6 + 7 * 2 + 7 * 2 * slots.LATENT_WIDTH
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    (
+        (("--latents", "0"), "--latents: must be a whole number of at least 1"),
+        (("--rate", "nan"), "--rate: must be a number above 0"),
+        (("--gradient-checkpointing",), "slots take keys and values from all layers"),
+        (("--data", "text"), "slots learn from answers"),
+        (("--corpus", "x"), "unrecognized arguments: --corpus x"),
+    ),
+)
+def test_bad_input_is_one_line(random_llm, tmp_path, flags, wrong):
+    text = tmp_path / "text.txt"
+    text.write_text("A line of plain text. " * 400)
+    flags = [str(text) if flag == "text" else flag for flag in flags]
+    run = run_stage(stage3, "--receiver", "slots", "--model", random_llm, *QUICK, "--out", tmp_path / "out", *flags)
+    assert run.code == 2 and wrong in run.stderr and run.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "wire.safetensors").exists()
