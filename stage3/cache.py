@@ -8,6 +8,7 @@ Letters: B batch, T padded length, S rows that stay, n numbers of a row, H heads
 """
 
 import inspect
+import math
 import sys
 from dataclasses import dataclass
 
@@ -16,11 +17,55 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from common import MAX_NEW_TOKENS, Reader
+from common import MAX_NEW_TOKENS, PROMPT, Reader, answer_ids, as_prompt, make_prompt
 from plumbing import hub
 from plumbing.launch import UserError
+from plumbing.spelling import tokenize
 
 PLAIN = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # layers of a cache with keys and values of every token
+
+
+class Passage:
+    """The tokens of a context, and of each question behind it with its answer."""
+
+    def __init__(self, reader: Reader, rows: list[dict]):
+        """rows: questions about one context, with or without answers."""
+        longest = max((row["question"] for row in rows), key=len)
+        context = make_prompt(reader, rows[0]["context"], longest).context  # cut, if it must be
+        prompts = [make_prompt(reader, context, row["question"]) for row in rows]
+        whole = as_prompt(reader, PROMPT.format(context=context, question=longest))
+        end = whole.rindex(f"\nQuestion: {longest}")
+        ids = tokenize(reader, whole[:end])
+        split = min(shared(ids, prompt.ids) for prompt in prompts)
+        self.ids = ids[:split]
+        self.head = shared(self.ids, head_ids(reader))  # tokens before the context; they always stay
+        self.tails = [prompt.ids[split:] for prompt in prompts]
+        golds = [row["answers"][0] if "answers" in row else None for row in rows]
+        pairs = zip(prompts, golds, strict=True)
+        self.answers = [[] if gold is None else answer_ids(reader, prompt, gold) for prompt, gold in pairs]
+
+    def count(self, rate: float) -> int:
+        """Slots for the context at so many tokens a slot."""
+        return math.ceil((len(self.ids) - self.head) / rate)
+
+
+def head_ids(reader: Reader) -> list[int]:
+    """The tokens in front of every context: a start token, a chat's instruction, or none."""
+    whole = as_prompt(reader, PROMPT.format(context="", question="?"))
+    return tokenize(reader, whole[: whole.rindex("\nQuestion: ?")])
+
+
+def shared(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def padded(lists: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids [B,T], mask [B,T]) of lists of tokens, padded on the right."""
+    length = max(map(len, lists))
+    ids = torch.tensor([tokens + [0] * (length - len(tokens)) for tokens in lists])
+    real = torch.tensor([[1] * len(tokens) + [0] * (length - len(tokens)) for tokens in lists])
+    return ids.to(device), real.to(device)
 
 
 @dataclass
@@ -110,6 +155,14 @@ def logits_behind(layout: Layout, memory: Memory, tails: list[list[int]], first:
         logits_to_keep=columns,
     )
     return output.logits[labelled[:, columns].to(reader.device)].float()
+
+
+def nll_behind(layout: Layout, memory: Memory, passages: list[Passage]) -> Tensor:
+    """Sum of the NLL of all answers (scalar, nats); the memory has a context for each of the questions."""
+    pairs = [pair for passage in passages for pair in zip(passage.tails, passage.answers, strict=True)]
+    logits = logits_behind(layout, memory, [t + a for t, a in pairs], [len(t) for t, _ in pairs])
+    labels = torch.tensor([token for _, answer in pairs for token in answer], device=logits.device)
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 @torch.inference_mode()

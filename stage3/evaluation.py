@@ -3,6 +3,7 @@
 import io
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,17 +11,21 @@ import torch
 from common import (
     Prompt,
     Reader,
+    beside_text,
     byte_baselines,
     evaluate,
     generate,
     mean_nll,
     score,
     sent_prompt,
+    test_prompts,
     truncated_prompt,
 )
 from plumbing.checkpoints import write_atomically
 from plumbing.data import Data
 from plumbing.processes import map_over_processes, rank
+from plumbing.training import micro_batches
+from stage3.cache import Layout, Passage, answers_behind, nll_behind
 from stage3.message import unpack, with_question
 from stage3.sender import Sender
 
@@ -130,3 +135,77 @@ def bytes_of_nll(reader: Reader, id_lists: list[list[int]], batch_size: int) -> 
     rows = [{"ids": ids} for ids in id_lists]
     nats = mean_nll(reader, rows, batch_size) * sum(len(ids) - 1 for ids in id_lists)
     return nats / math.log(2) / 8 / len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# slots: what few positions of a context keep, beside the same before training
+
+
+def answers_to(layout: Layout, passages: list[Passage], given: list, receive: Callable, batch_size: int) -> list[str]:
+    """The answer to the first question about each passage; receive: some of what is `given` for them -> Memory."""
+    order = sorted(range(len(passages)), key=lambda i: -len(passages[i].ids))  # like lengths together
+
+    def answers_of(part: list[int]) -> list[str]:
+        return answers_behind(layout, receive([given[i] for i in part]), [passages[i].tails[0] for i in part])
+
+    found = map_over_processes(answers_of, micro_batches(order, batch_size))
+    answers = [answer for part in found for answer in part]
+    return [answer for _, answer in sorted(zip(order, answers, strict=True))]
+
+
+@torch.inference_mode()
+def measure_slots(wire, start, data: Data, batch_size: int, rates: tuple[float, ...]) -> tuple[dict, dict, list[dict]]:
+    """(metrics, controls, records): named as in the JSON line; the stage's own; for samples.md.
+
+    wire: of slots; start: the same before training; rates: tokens a slot, at which F1 is measured, too.
+    """
+    reader, layout, rows = wire.reader, wire.slots.layout, data.test
+    prompts = test_prompts(reader, rows)
+    passages = [Passage(reader, [row]) for row in rows]
+
+    def through(wire, messages: list[bytes]) -> list[str]:
+        return answers_to(layout, passages, messages, wire.receive, batch_size)
+
+    def f1_of(wire) -> float:
+        return score(through(wire, map_over_processes(wire.send, passages)), rows)[0]
+
+    messages = map_over_processes(wire.send, passages)
+    print("  answers through the wire", flush=True)
+    answers = through(wire, messages)
+    counts = [wire.latents_in(message) for message in messages]
+    pairs = zip(passages, counts, strict=True)
+    positions = [passage.head + count + len(passage.tails[0]) for passage, count in pairs]
+    metrics, records = beside_text(reader, rows, prompts, positions, answers, batch_size)
+    metrics["wire_bytes"] = sum(map(len, messages)) / len(rows)
+
+    def nll_of(part: list[int]) -> float:
+        memory = wire.receive([messages[i] for i in part])
+        return nll_behind(layout, memory, [passages[i] for i in part]).item()
+
+    nlls = map_over_processes(nll_of, micro_batches(range(len(rows)), batch_size))
+    metrics["nll_wire"] = sum(nlls) / sum(len(passage.answers[0]) for passage in passages)
+    # only the context travels: another passage's message, with this question
+    swapped = through(wire, messages[1:] + messages[:1]) if len(rows) > 1 else []
+    metrics["shuffled_f1"] = score(swapped, rows)[0] if swapped else None
+    print("  controls: nothing trained, and other numbers of slots", flush=True)
+    selected = answers_to(layout, passages, passages, start.selected, batch_size)
+    controls = {
+        "slots": sum(counts) / len(counts),
+        "context_tokens": sum(len(passage.ids) - passage.head for passage in passages) / len(passages),
+        "selection_f1": score(selected, rows)[0],
+        "start_f1": f1_of(start),
+        "rates": {f"{rate:g}": f1_of(wire.at_rate(rate)) for rate in rates},
+    }
+    return metrics, controls, records
+
+
+def slot_rows(controls: dict) -> list[tuple[str, str, str]]:
+    """The controls of `measure_slots` as rows (name, value, note) of the table."""
+    tokens = f"for {controls['context_tokens']:.1f} tokens of a context"
+    held = f"the same through the PCA, which holds {100 * controls['explained_variance']:.1f}% of the variance"
+    return [
+        ("slots", f"{controls['slots']:.1f}", tokens),
+        ("selection alone: F1", f"{controls['selection_f1']:.1f}", "the scorer's tokens, as the frozen LLM keeps them"),
+        ("before training: F1", f"{controls['start_f1']:.1f}", held),
+        *((f"F1 at {rate} tokens a slot", f"{f1:.1f}", "") for rate, f1 in controls["rates"].items()),
+    ]

@@ -21,6 +21,7 @@ embedding width, V vocabulary.
 """
 
 import contextlib
+import functools
 import math
 import random
 import struct
@@ -31,32 +32,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from common import (
-    PROMPT,
     Reader,
-    answer_ids,
-    as_prompt,
-    beside_text,
     check_prompts,
     load_reader,
-    make_prompt,
-    score,
-    test_prompts,
 )
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_float, positive_int
 from plumbing.checkpoints import module_tensors
-from plumbing.data import Data, load_data
+from plumbing.data import load_data
 from plumbing.hub import MODELS
 from plumbing.kinds import COUNT
 from plumbing.launch import ROOT, UserError, set_up
 from plumbing.models import check_fingerprint
-from plumbing.processes import map_over_processes, my_share
+from plumbing.processes import my_share
 from plumbing.report import finish
-from plumbing.spelling import tokenize
 from plumbing.training import Run, identity, micro_batches
 from plumbing.wires import MODULE, Contents, SavedWire, load_module, load_wire, open_out
-from stage3.cache import Layout, Memory, answers_behind, logits_behind
+from stage3.cache import Layout, Memory, Passage, answers_behind, head_ids, nll_behind, padded
+from stage3.evaluation import measure_slots, slot_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -97,53 +92,6 @@ def parse_arguments():
     if args.gradient_checkpointing:
         parser.error("--gradient-checkpointing: slots take keys and values from all layers, which it would not keep")
     return args
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# passages: a context as tokens, and the questions behind it
-
-
-class Passage:
-    """The tokens of a context, and of each question behind it with its answer."""
-
-    def __init__(self, reader: Reader, rows: list[dict]):
-        """rows: questions about one context, with or without answers."""
-        longest = max((row["question"] for row in rows), key=len)
-        context = make_prompt(reader, rows[0]["context"], longest).context  # cut, if it must be
-        prompts = [make_prompt(reader, context, row["question"]) for row in rows]
-        whole = as_prompt(reader, PROMPT.format(context=context, question=longest))
-        end = whole.rindex(f"\nQuestion: {longest}")
-        ids = tokenize(reader, whole[:end])
-        split = min(shared(ids, prompt.ids) for prompt in prompts)
-        self.ids = ids[:split]
-        self.head = shared(self.ids, head_ids(reader))  # tokens before the context; they always stay
-        self.tails = [prompt.ids[split:] for prompt in prompts]
-        golds = [row["answers"][0] if "answers" in row else None for row in rows]
-        pairs = zip(prompts, golds, strict=True)
-        self.answers = [[] if gold is None else answer_ids(reader, prompt, gold) for prompt, gold in pairs]
-
-    def count(self, rate: float) -> int:
-        """Slots for the context at so many tokens a slot."""
-        return math.ceil((len(self.ids) - self.head) / rate)
-
-
-def head_ids(reader: Reader) -> list[int]:
-    """The tokens in front of every context: a start token, a chat's instruction, or none."""
-    whole = as_prompt(reader, PROMPT.format(context="", question="?"))
-    return tokenize(reader, whole[: whole.rindex("\nQuestion: ?")])
-
-
-def shared(a: list[int], b: list[int]) -> int:
-    """How many tokens two lists begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def padded(lists: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids [B,T], mask [B,T]) of lists of tokens, padded on the right."""
-    length = max(map(len, lists))
-    ids = torch.tensor([tokens + [0] * (length - len(tokens)) for tokens in lists])
-    real = torch.tensor([[1] * len(tokens) + [0] * (length - len(tokens)) for tokens in lists])
-    return ids.to(device), real.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,16 +189,12 @@ def stacked(heads: list[Tensor], rows: list[Tensor], at: list[Tensor], lengths: 
     """Memory of contexts from the rows [S,n] at the positions [S] of each, behind the rows of its head."""
     device = rows[0].device
     rows = [torch.cat(pair) for pair in zip(heads, rows, strict=True)]
-    at = [
-        torch.cat([torch.arange(len(row) - len(part), device=device), part]) for row, part in zip(rows, at, strict=True)
-    ]
-    gaps = [max(map(len, rows)) - len(row) for row in rows]
-    return Memory(
-        torch.stack([F.pad(row, (0, 0, gap, 0)) for row, gap in zip(rows, gaps, strict=True)]),
-        torch.stack([F.pad(part, (gap, 0)) for part, gap in zip(at, gaps, strict=True)]),
-        torch.stack([F.pad(torch.ones_like(part), (gap, 0)) for part, gap in zip(at, gaps, strict=True)]),
-        torch.tensor(lengths, device=device),
+    at = [torch.cat([torch.arange(len(head), device=device), part]) for head, part in zip(heads, at, strict=True)]
+    padded_rows, places, real = (
+        pad_sequence(parts, batch_first=True, padding_side="left")
+        for parts in (rows, at, [torch.ones_like(part) for part in at])
     )
+    return Memory(padded_rows, places, real, torch.tensor(lengths, device=device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +249,10 @@ def fit_start(slots: Slots, passages: list[Passage]) -> float:
 
 
 class Wire:
-    """Message: three numbers of 16 bits (tokens of the context, of its head, latents), then positions and latents."""
+    """Message: three counts (tokens of the context, of its head, latents), then the positions and the latents.
+
+    Counts and positions have 32 bits, the numbers of a latent 16.
+    """
 
     def __init__(self, slots: Slots, count: Callable[[Passage], int]):
         """count: how many latents a passage has, at most."""
@@ -320,20 +267,36 @@ class Wire:
         cache = self.reader.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         return self.slots.layout.rows(cache, torch.arange(ids.shape[1], device=ids.device)[None])[0]
 
+    def at_rate(self, rate: float) -> "Wire":
+        """The same, with a latent for so many tokens of a context."""
+        return Wire(self.slots, functools.partial(Passage.count, rate=rate))
+
+    @staticmethod
+    def latents_in(message: bytes) -> int:
+        return struct.unpack_from("<3I", message)[2]
+
     @torch.no_grad()
     def send(self, passage: Passage) -> bytes:
         (chosen,) = self.slots.choose([passage], [self.count(passage)])
         (latents,) = self.slots.latents([passage], [chosen])
-        numbers = struct.pack("<3H", len(passage.ids), passage.head, len(chosen))
-        return numbers + chosen.cpu().numpy().astype("<u2").tobytes() + latents.cpu().numpy().astype("<f2").tobytes()
+        numbers = struct.pack("<3I", len(passage.ids), passage.head, len(chosen))
+        return numbers + chosen.cpu().numpy().astype("<u4").tobytes() + latents.cpu().numpy().astype("<f2").tobytes()
+
+    @torch.no_grad()
+    def selected(self, passages: list[Passage]) -> Memory:
+        """Nothing is learned but the choice: the tokens that stay, as the frozen LLM keeps them."""
+        chosen = self.slots.choose(passages, [self.count(passage) for passage in passages])
+        kept = [row[at] for row, at in zip(self.slots.read(passages)[0], chosen, strict=True)]
+        heads = [self.head_rows[: passage.head] for passage in passages]
+        return stacked(heads, kept, chosen, [len(passage.ids) for passage in passages])
 
     @torch.no_grad()
     def receive(self, messages: list[bytes]) -> Memory:
         device, heads, latents, chosen, lengths = self.reader.device, [], [], [], []
         for message in messages:
-            length, head, count = struct.unpack_from("<3H", message)
-            places = np.frombuffer(message, "<u2", count, 6).astype(np.int64)
-            numbers = np.frombuffer(message, "<f2", count * LATENT_WIDTH, 6 + 2 * count).astype(np.float32)
+            length, head, count = struct.unpack_from("<3I", message)
+            places = np.frombuffer(message, "<u4", count, 12).astype(np.int64)
+            numbers = np.frombuffer(message, "<f2", count * LATENT_WIDTH, 12 + 4 * count).astype(np.float32)
             heads.append(self.head_rows[:head])
             latents.append(torch.from_numpy(numbers).view(count, LATENT_WIDTH).to(device))
             chosen.append(torch.from_numpy(places).to(device))
@@ -353,72 +316,7 @@ def answer_loss(wire: Wire, passages: list[Passage], counts: list[int], targets:
     heads = [wire.head_rows[: passage.head] for passage in passages]
     memory = slots.memory(heads, latents, chosen, [len(passage.ids) for passage in passages])
     asked = [i for i, passage in enumerate(passages) for _ in passage.tails]
-    return nll_behind(slots, memory.of(asked), passages) / targets
-
-
-def nll_behind(slots: Slots, memory: Memory, passages: list[Passage]) -> Tensor:
-    """Sum of the NLL of all answers (scalar, nats); the memory has a context for each of the questions."""
-    pairs = [pair for passage in passages for pair in zip(passage.tails, passage.answers, strict=True)]
-    logits = logits_behind(slots.layout, memory, [t + a for t, a in pairs], [len(t) for t, _ in pairs])
-    labels = torch.tensor([token for _, answer in pairs for token in answer], device=logits.device)
-    return F.cross_entropy(logits, labels, reduction="sum")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation: the score from slots, and every control beside it
-
-
-def asked_in_batches(wire: Wire, passages: list[Passage], messages: list[bytes], batch_size: int) -> list[str]:
-    """The answer to the first question about each passage, from the messages."""
-    order = sorted(range(len(passages)), key=lambda i: -len(messages[i]))  # like lengths together
-
-    def answers_of(part: list[int]) -> list[str]:
-        memory = wire.receive([messages[i] for i in part])
-        return answers_behind(wire.slots.layout, memory, [passages[i].tails[0] for i in part])
-
-    found = map_over_processes(answers_of, micro_batches(order, batch_size))
-    answers = [answer for part in found for answer in part]
-    return [answer for _, answer in sorted(zip(order, answers, strict=True))]
-
-
-@torch.inference_mode()
-def measure(wire: Wire, start: Wire, data: Data, batch_size: int) -> tuple[dict, dict, list[dict]]:
-    """(metrics, controls, records): named as in the JSON line; the stage's own; for samples.md. start: untrained."""
-    reader, slots, rows = wire.reader, wire.slots, data.test
-    prompts = test_prompts(reader, rows)
-    passages = [Passage(reader, [row]) for row in rows]
-    messages = map_over_processes(wire.send, passages)
-    print("  answers through the wire", flush=True)
-    answers = asked_in_batches(wire, passages, messages, batch_size)
-    counts = [struct.unpack_from("<3H", message)[2] for message in messages]
-    positions = [passage.head + count + len(passage.tails[0]) for passage, count in zip(passages, counts, strict=True)]
-    metrics, records = beside_text(reader, rows, prompts, positions, answers, batch_size)
-    metrics["wire_bytes"] = sum(map(len, messages)) / len(rows)
-
-    def nll(part: list[int]) -> float:
-        memory = wire.receive([messages[i] for i in part])
-        return nll_behind(slots, memory, [passages[i] for i in part]).item()
-
-    parts = micro_batches(range(len(rows)), batch_size)
-    metrics["nll_wire"] = sum(map_over_processes(nll, parts)) / sum(len(p.answers[0]) for p in passages)
-    others = messages[1:] + messages[:1]
-    swapped = asked_in_batches(wire, passages, others, batch_size) if len(rows) > 1 else []
-    metrics["shuffled_f1"] = score(swapped, rows)[0] if swapped else None
-
-    print("  controls: the same before training, other rates", flush=True)
-
-    def f1_of(wire: Wire, count: Callable[[Passage], int]) -> float:
-        other = Wire(wire.slots, count)
-        return score(asked_in_batches(other, passages, map_over_processes(other.send, passages), batch_size), rows)[0]
-
-    rates = {str(rate): f1_of(wire, lambda passage, rate=rate: passage.count(rate)) for rate in CURVE}
-    controls = {
-        "slots": sum(counts) / len(counts),
-        "context_tokens": sum(len(passage.ids) - passage.head for passage in passages) / len(passages),
-        "start_f1": f1_of(start, wire.count),
-        "rates": rates,
-    }
-    return metrics, controls, records
+    return nll_behind(slots.layout, memory.of(asked), passages) / targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,16 +330,21 @@ def load_slots(directory: str, model: str) -> SavedWire:
     return load_wire(beside if found else directory, STAGE, WIRE)
 
 
+def restore_slots(slots: Slots, saved: SavedWire) -> None:
+    """Load a trained wire, which holds numbers of 16 bits. Raises UserError naming a tensor that does not fit."""
+    load_module(slots, "slots.", {name: tensor.float() for name, tensor in saved.tensors.items()}, saved.name)
+
+
 def how_many(args) -> Callable[[Passage], int]:
     """How many latents --latents or --rate gives a passage."""
-    return (lambda passage: passage.count(args.rate)) if args.rate else (lambda passage: args.latents)
+    return functools.partial(Passage.count, rate=args.rate) if args.rate else lambda passage: args.latents
 
 
 def ask(reader: Reader, saved: SavedWire, args, context: str, questions: list[str]) -> list[str]:
     """Answers to several questions about a context that is read once, from one cache of a few slots."""
     check_fingerprint(reader, saved.config, saved.name)
     slots = Slots(reader).to(reader.device)
-    load_module(slots, "slots.", saved.tensors, saved.name)
+    restore_slots(slots, saved)
     wire = Wire(slots, how_many(args))
     passage = Passage(reader, [{"context": context, "question": question} for question in questions])
     memory = wire.receive([wire.send(passage)])
@@ -474,7 +377,7 @@ def main() -> None:
     start = Slots(reader).to(device)
     start.load_state_dict(slots.state_dict())
     if saved:
-        load_module(slots, "slots.", saved.tensors, saved.name)
+        restore_slots(slots, saved)
     count = how_many(args)
     wire = Wire(slots, count)
     print(f"{sum(p.numel() for p in slots.parameters()):,} trained parameters; rows of {slots.layout.n} numbers")
@@ -508,26 +411,12 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # evaluation
-    metrics, controls, records = measure(wire, Wire(start, count), data, 2 * args.micro_batch_size)
+    # evaluation: the wire and every control, on test passages whose names were never seen
+    slots.half().float()  # as it is saved, with 16 bits a number
+    metrics, controls, records = measure_slots(wire, Wire(start, count), data, 2 * args.micro_batch_size, CURVE)
     controls["explained_variance"] = explained
-    rows = control_rows(controls)
-    config = {"embedding_width": reader.table.shape[1]}
-    title = (
-        f"stage 3, slots: {args.rate or args.latents} {'tokens a slot' if args.rate else 'latents'} x {LATENT_WIDTH}"
-    )
+    many = f"{args.rate:g} tokens a latent" if args.rate else f"{args.latents} latents"
+    title, config = f"stage 3, slots: {many}, {LATENT_WIDTH} numbers each", {"embedding_width": reader.table.shape[1]}
+    tensors = {name: tensor.half() for name, tensor in module_tensors({"slots": slots}).items()}
     bars = {"before training": controls["start_f1"]}
-    finish(
-        run, reader, saved, title, metrics, controls, config, rows, records, module_tensors({"slots": slots}), bars=bars
-    )
-
-
-def control_rows(controls: dict) -> list[tuple[str, str, str]]:
-    """The controls of `measure` as rows (name, value, note) of the table."""
-    tokens = f"for {controls['context_tokens']:.1f} tokens of a context"
-    curve = ", ".join(f"{rate}: {f1:.1f}" for rate, f1 in controls["rates"].items())
-    return [
-        ("slots", f"{controls['slots']:.1f}", tokens),
-        ("before training: F1", f"{controls['start_f1']:.1f}", "the scorer's choice, through the PCA"),
-        ("F1 at 1, 2, ... tokens a slot", "", curve),
-    ]
+    finish(run, reader, saved, title, metrics, controls, config, slot_rows(controls), records, tensors, bars=bars)

@@ -13,7 +13,7 @@ from common import generate, load_reader, make_prompt
 from plumbing.launch import UserError
 from plumbing.wires import load_wire
 from stage3 import slots
-from stage3.cache import Layout, Memory, answers_behind, logits_behind
+from stage3.cache import Layout, Memory, Passage, answers_behind, head_ids, logits_behind
 from tiny import world
 
 ROWS = [rows for rows in (world.make_questions("test", 5, i) for i in range(6)) if len(rows) > 1]
@@ -44,7 +44,7 @@ def prefilled(layout: Layout, ids: list[int], kept: list[int]) -> Memory:
 
 
 def test_all_rows_are_the_text(reader):
-    layout, passage = Layout(reader), slots.Passage(reader, ROWS[0])
+    layout, passage = Layout(reader), Passage(reader, ROWS[0])
     memory = prefilled(layout, passage.ids, list(range(len(passage.ids))))
     pairs = list(zip(passage.tails, passage.answers, strict=True))
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_all_rows_are_the_text(reader):
 def test_a_cache_with_gaps_is_dense_attention_with_hidden_keys(reader):
     if family(reader) not in DENSE:
         pytest.skip("it takes no mask for each pair of tokens")
-    layout, passage = Layout(reader), slots.Passage(reader, ROWS[1])
+    layout, passage = Layout(reader), Passage(reader, ROWS[1])
     before, (tail, answer) = len(passage.ids), (passage.tails[0], passage.answers[0])
     kept = sorted({0, *range(1, before, 3)})
     ids = passage.ids + tail + answer
@@ -108,8 +108,8 @@ def test_an_llm_without_keys_and_values_is_refused(name, wrong, tmp_path):
 def test_a_chat_template_stands_before_every_context(random_llm):
     reader = load_reader(str(random_llm), CPU, torch.float32)
     reader.tokenizer.chat_template = TEMPLATE
-    passage = slots.Passage(reader, ROWS[0])
-    head = slots.head_ids(reader)
+    passage = Passage(reader, ROWS[0])
+    head = head_ids(reader)
     assert passage.head >= len(head) - 1 > 10  # the joint with the context may be another token
     prompt = make_prompt(reader, ROWS[0][0]["context"], ROWS[0][0]["question"])
     assert passage.ids + passage.tails[0] == prompt.ids
@@ -127,7 +127,7 @@ def tiny():
 
 def test_the_start_is_the_llm_itself(tiny):
     """Before training, the update changes nothing, and what stays goes through the PCA alone."""
-    passages = [slots.Passage(tiny, rows) for rows in ROWS]
+    passages = [Passage(tiny, rows) for rows in ROWS]
     fresh = slots.Slots(tiny)
     assert slots.fit_start(fresh, passages) > 0.9  # of the rows' variance
     places = [torch.arange(passage.head, len(passage.ids)) for passage in passages]
@@ -142,21 +142,21 @@ def test_the_start_is_the_llm_itself(tiny):
 
 
 def test_receivers_see_the_message_alone(tiny):
-    passages = [slots.Passage(tiny, rows) for rows in ROWS]
+    passages = [Passage(tiny, rows) for rows in ROWS]
     wire = slots.Wire(slots.Slots(tiny), lambda passage: 9)
     messages = [wire.send(passage) for passage in passages]
-    assert {len(message) for message in messages} == {6 + 9 * 2 + 9 * 2 * slots.LATENT_WIDTH}
+    assert {len(message) for message in messages} == {12 + 9 * 4 + 9 * 2 * slots.LATENT_WIDTH}
     together = wire.receive(messages)
     for i, message in enumerate(messages):
         alone = wire.receive([bytes(message)])
         assert torch.equal(alone.rows[0], together.rows[i, -alone.rows.shape[1] :])
-        assert struct.unpack_from("<3H", message)[0] == together.lengths[i] == len(passages[i].ids)
+        assert struct.unpack_from("<3I", message)[0] == together.lengths[i] == len(passages[i].ids)
 
 
 def test_a_short_context_keeps_every_token(tiny):
-    passage = slots.Passage(tiny, [{"context": "Ada lives in Paris.", "question": "Where does Ada live?"}])
+    passage = Passage(tiny, [{"context": "Ada lives in Paris.", "question": "Where does Ada live?"}])
     message = slots.Wire(slots.Slots(tiny), lambda passage: 32).send(passage)
-    assert struct.unpack_from("<3H", message) == (len(passage.ids), passage.head, len(passage.ids) - passage.head)
+    assert struct.unpack_from("<3I", message) == (len(passage.ids), passage.head, len(passage.ids) - passage.head)
     assert passage.count(1) == len(passage.ids) - passage.head and passage.count(2) == -(-passage.count(1) // 2)
 
 
@@ -206,7 +206,7 @@ def test_fewer_slots_than_asked_for_in_training(random_llm, ladder, tmp_path):
     )
     by_rate, by_count = (succeed(stage3, *on, *flags).result for flags in (("--rate", "4"), ("--latents", "7")))
     assert by_rate["positions"] < by_rate["text_positions"]
-    assert by_count["wire_bytes"] == 6 + 7 * 2 + 7 * 2 * slots.LATENT_WIDTH
+    assert by_count["wire_bytes"] == 12 + 7 * 4 + 7 * 2 * slots.LATENT_WIDTH
 
 
 @pytest.mark.parametrize(
