@@ -151,7 +151,7 @@ class Slots(nn.Module):
             input_ids=ids, attention_mask=real, use_cache=True, output_hidden_states=True, logits_to_keep=1
         )
         states = output.hidden_states[-1].float()
-        states = states * states.square().mean(-1, keepdim=True).rsqrt()
+        states = states * states.square().mean(-1, keepdim=True).rsqrt() * real[..., None]
         around = F.pad(states, (0, 0, 1, 2))  # a token, one before it and two behind it
         seen = torch.cat([around[:, i : i + ids.shape[1]] for i in range(4)], -1)
         at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -163,8 +163,9 @@ class Slots(nn.Module):
         scores = self.read(passages)[1] @ self.scorer  # [B, T]
         chosen = []
         for passage, part, count in zip(passages, scores, counts, strict=True):
-            part = part[passage.head : len(passage.ids)]
-            chosen.append(passage.head + part.topk(min(count, len(part))).indices.sort().values)
+            part = part[passage.head : len(passage.ids)].round(decimals=3)  # so that equals are, on any machine
+            best = part.argsort(descending=True, stable=True)[:count]
+            chosen.append(passage.head + best.sort().values)
         return chosen
 
     def latents(self, passages: list[Passage], chosen: list[Tensor]) -> list[Tensor]:
@@ -332,7 +333,8 @@ def load_slots(directory: str, model: str) -> SavedWire:
 
 def restore_slots(slots: Slots, saved: SavedWire) -> None:
     """Load a trained wire, which holds numbers of 16 bits. Raises UserError naming a tensor that does not fit."""
-    load_module(slots, "slots.", {name: tensor.float() for name, tensor in saved.tensors.items()}, saved.name)
+    tensors = {name: t.float() if t.dtype == torch.float16 else t for name, t in saved.tensors.items()}
+    load_module(slots, "slots.", tensors, saved.name)
 
 
 def how_many(args) -> Callable[[Passage], int]:

@@ -140,17 +140,19 @@ def test_the_same_seed_gives_the_same_wire_and_the_llm_stays(case, tmp_path, mon
 
 @trained()
 def test_another_seed_gives_other_rows_and_another_wire(case, tmp_path, monkeypatch, no_picture):
-    asked, train_rows = [], Data.train_rows
+    asked, reads = [], "train_passages" if case.module.STAGE == "slots" else "train_rows"
+    train_rows = getattr(Data, reads)
 
-    def remember(data, seed, start, count):
+    def remember(data, seed, start, count, *more):
         asked.append((seed, start, count))
-        return train_rows(data, seed, start, count)
+        return train_rows(data, seed, start, count, *more)
 
-    monkeypatch.setattr(Data, "train_rows", remember)
+    monkeypatch.setattr(Data, reads, remember)
     case.run("--seed", "6", "--out", tmp_path)
     mine, theirs = wire_of(tmp_path), wire_of(case.out)
     assert mine.keys() == theirs.keys() and not all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    starts = (8, 12) if case.module.STAGE == "stage1" else (0, 4, 8, 12)  # stage 1 reads in its steps through the LLM
+    # stage 1 reads in its steps through the LLM, slots behind the passages that they are fitted on
+    starts = {"stage1": (8, 12), "slots": (20, 24, 28, 32)}.get(case.module.STAGE, (0, 4, 8, 12))
     steps = [(6, start, 4) for start in starts]
     assert [rows for rows in asked if rows in steps] == steps  # every step reads on where the last one stopped
     assert {seed for seed, _, _ in asked} == {6}

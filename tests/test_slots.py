@@ -141,6 +141,31 @@ def test_the_start_is_the_llm_itself(tiny):
     assert scores.std() > 0 and torch.isfinite(scores).all()
 
 
+def test_micro_batches_have_the_gradient_of_the_whole_step(tiny):
+    passages = [Passage(tiny, rows[:3]) for rows in ROWS]
+    model = slots.Slots(tiny)
+    slots.fit_start(model, passages)
+    wire, counts = slots.Wire(model, lambda passage: 9), [passage.count(2.5) for passage in passages]
+    for part in model.update.b.values():  # zero at first, which hides the gradient of the other factor
+        torch.nn.init.normal_(part, std=0.01)
+    alone = [model.choose([passage], [count])[0] for passage, count in zip(passages, counts, strict=True)]
+    assert all(map(torch.equal, model.choose(passages, counts), alone))  # padding has no say
+    targets = sum(len(answer) for passage in passages for answer in passage.answers)
+    slots.answer_loss(wire, passages, counts, targets).backward()
+    # the last layer's parts behind its keys and values have no gradient
+    trained = {name: part for name, part in model.named_parameters() if part.grad is not None}
+    whole = {name: part.grad.clone() for name, part in trained.items()}
+    model.zero_grad()
+    for passage, count in zip(passages, counts, strict=True):
+        slots.answer_loss(wire, [passage], [count], targets).backward()
+    for name, part in trained.items():
+        atol = 1e-4 * whole[name].abs().max().item()
+        torch.testing.assert_close(part.grad, whole[name], rtol=1e-3, atol=atol, msg=lambda t, n=name: f"{n}: {t}")
+    assert all(grad.abs().max() > 0 for grad in whole.values()) and {"stays", "encoder.weight"} < set(whole)
+    assert not any(part.requires_grad for part in (model.scale, model.scorer))
+    assert all(p.grad is None and not p.requires_grad for p in tiny.model.parameters())
+
+
 def test_receivers_see_the_message_alone(tiny):
     passages = [Passage(tiny, rows) for rows in ROWS]
     wire = slots.Wire(slots.Slots(tiny), lambda passage: 9)

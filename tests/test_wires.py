@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import LADDER, QUICK, ladder_flags, run_stage, stage0, stage1, stage2, stage3, succeed
+from conftest import LADDER, QUICK, ladder_flags, run_stage, slots, stage0, stage1, stage2, stage3, succeed
 
 from plumbing.launch import UserError
 from plumbing.wires import load_wire, save_wire
 
-MODULES = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3}
+MODULES = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3, "slots": slots}
 
 
 def files(folder: Path) -> dict[str, bytes]:
