@@ -34,7 +34,9 @@ def frontier(path: Path, points: dict[str, list[dict]], texts: dict[str, dict]) 
     points: of each stage, the rows of both readers; texts: of each reader, a run with the baselines.
     """
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharey=True)
-    stages = dict(zip(points, zip((RED, "#e69f00", BLUE, GREEN), (9, 5, 10, 15), strict=True), strict=True))
+    stages = dict(
+        zip(points, zip((RED, "#e69f00", BLUE, GREEN, "#8b5fbf"), (9, 5, 10, 15, 9), strict=True), strict=True)
+    )
     names = {model: plt.Line2D([], [], color="black", marker=m, ls="") for model, m in zip(texts, "os", strict=True)}
     for model, run in texts.items():
         marker, whole = names[model].get_marker(), {"f1": run["text_f1"]}

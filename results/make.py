@@ -17,11 +17,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BLOCKS = {
-    HERE.parent / "README.md": "ladder stage0-number stage1-number stage2-number stage3-number minutes",
+    HERE.parent / "README.md": "ladder stage0-number stage1-number stage2-number stage3-number slots-number minutes",
     HERE / "README.md": (
         "readers-scores readers-depth stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity "
         "stage1-adapters stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights "
-        "stage3-message stage3-rivals stage3-harder kernels-operator "
+        "stage3-message stage3-rivals stage3-harder slots-rates slots-harder kernels-operator "
         "kernels-codebook kernels-compiled scale-dry scale-steps"
     ),
 }
@@ -81,15 +81,15 @@ def named(runs: list[dict], *files: str) -> list[dict]:
     return [run for file in files for run in runs if run["file"] == file]
 
 
-FOLDERS = "readers stage0 stage1 stage2 stage3 rivals kernels scale".split()
-READERS, STAGE0, STAGE1, STAGE2, STAGE3, RIVALS, KERNELS, SCALE = map(load, FOLDERS)
+FOLDERS = "readers stage0 stage1 stage2 stage3 slots rivals kernels scale".split()
+READERS, STAGE0, STAGE1, STAGE2, STAGE3, SLOTS, RIVALS, KERNELS, SCALE = map(load, FOLDERS)
 ADAPTERS = [run for run in STAGE1 if run["data"] == "tiny"]
 READINGS = [flat(run | other) for run in STAGE3 for other in ({}, *run["others"])]  # one for each receiver
 BENCHES = sorted((run for run in KERNELS if "operator" in run), key=lambda bench: bench["device"].startswith("CPU"))
 
 
 def readers(runs: list[dict]) -> list[dict]:
-    """The default run of stage 0 or 2, over its seeds: a row for each reader."""
+    """The default run of stage 0 or 2, or of slots, over its seeds: a row for each reader."""
     return grouped([run for run in runs if "-seed" in run["file"]], "model")
 
 
@@ -159,12 +159,12 @@ def duration(run: dict) -> list[str]:
 
 def ladder() -> list[str]:
     learned = {"stage0": "all at once, from the answer", "stage1": "the adapter: {adapter}"}
-    learned |= {"stage2": "+ the encoder", "stage3": "+ the message"}
+    learned |= {"stage2": "+ the encoder", "stage3": "+ the message", "slots": "fewer positions"}
     rows = readers(STAGE0) + adapter_rows("mlp", 8) + readers(STAGE2) + message_rows("prompt")
-    columns = {"stage": lambda row: row["stage"][-1]} | READER
+    columns = {"stage": lambda row: "3, slots" if row["stage"] == "slots" else row["stage"][-1]} | READER
     columns |= {"what is learned": lambda row: learned[row["stage"]].format_map(row)}
     columns |= F1 | RETENTION | BYTES | POSITIONS | {"seeds": "{seeds}"}
-    return table(in_order(rows, "stage", "model"), columns)
+    return table(in_order(rows, "stage", "model") + readers(SLOTS), columns)
 
 
 def stage0_number() -> list[str]:
@@ -204,6 +204,20 @@ def stage3_number() -> list[str]:
         "{1[model]} keeps {1[score][retention]}% ({0[examples]:,} test passages, {0[over]}): `{0[command]}`"
     )
     return [text.format(*message_rows("prompt"))]
+
+
+def slots_number() -> list[str]:
+    text = (
+        "With {slots:.0f} latents of 256 numbers for a context of {context_tokens:.0f} tokens, {model} keeps "
+        "{score[retention]}% of its F1 from text. Before training it keeps {start:.1f}%, and text cut to as many "
+        "positions {cut:.1f}%. Stage 0, with latents of the same shape, keeps {failed:.1f}% ({examples:,} test "
+        "passages, {over}): `{command}`"
+    )
+    lines = []
+    for row, stage0 in zip(readers(SLOTS), readers(STAGE0), strict=True):
+        kept = {"start": row["start_f1"], "cut": row["truncated_f1"], "failed": stage0["f1"]}
+        lines += ["", text.format_map(row | {key: 100 * f1 / row["text_f1"] for key, f1 in kept.items()})]
+    return lines[1:]
 
 
 def minutes() -> list[str]:
@@ -373,6 +387,20 @@ def stage3_harder() -> list[str]:
     return table(in_order([run for run in READINGS if run["data"].startswith("tiny-")], "data", "model"), columns)
 
 
+def slots_rates() -> list[str]:
+    """F1 from slots beside what needs no training, and at other numbers of tokens a slot."""
+    columns = READER | F1 | RETENTION | {"before training": "{score[start_f1]}", "selection": "{score[selection_f1]}"}
+    columns |= {"text, cut": "{score[truncated_f1]}"} | CONTROLS | POSITIONS
+    for rate in SLOTS[0]["rates"]:
+        columns[f"F1 at {rate} tokens a slot"] = lambda row, rate=rate: f"{row['rates'][rate]:.1f}"
+    return table(readers(SLOTS), columns | RUNS)
+
+
+def slots_harder() -> list[str]:
+    columns = {"passages": passages} | READER | {"tokens": "{context_tokens:.0f}"} | F1 | RETENTION
+    return table(in_order([run for run in SLOTS if run["data"].startswith("tiny-")], "data", "model"), columns)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # results/README.md: the kernels, and models of real shapes
 
@@ -490,6 +518,7 @@ def draw() -> None:
     figures.stage1(HERE / "stage1.png", {model: [row for row in groups if row["model"] == model] for model in MODELS})
     points = {"stage 0: all at once": readers(STAGE0), "stage 1: the adapter": adapter_rows("mlp")}
     points |= {"stage 2: + the encoder": readers(STAGE2), "stage 3: + the message": message_rows("prompt")}
+    points |= {"stage 3, slots: few positions of a context": readers(SLOTS)}
     texts = {run["model"]: run for run in in_order(named(READINGS, "seed0"), "model")}
     figures.frontier(HERE / "frontier.png", points, texts)
     lines = [bench for bench in BENCHES if len({run["N"] for run in bench["operator"]}) > 1]

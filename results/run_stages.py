@@ -27,6 +27,7 @@ SCRIPTS = {
     "stage1": "stage1_pca_adapter.py",
     "stage2": "stage2_encoder.py",
     "stage3": "stage3_full.py",
+    "slots": "stage3_full.py",
     "scale": "stage1_pca_adapter.py",
 }
 WIDTHS = {"tiny": (24, 12), "tiny-qwen": (20, 10)}  # 8x and 16x fewer dimensions than 192 and 160
@@ -93,6 +94,16 @@ def stage3(shared: str) -> dict[str, list[str]]:
     return runs
 
 
+def slots(shared: str) -> dict[str, list[str]]:
+    """The shipped slots of both readers: they were trained with --dtype bfloat16 --seed 0, and are measured here."""
+    on = {model: ["--receiver", "slots", "--eval-only", "tiny/wires/stage3", "--model", model] for model in WIDTHS}
+    runs = {f"{model}-seed0": flags for model, flags in on.items()}
+    for model, flags in on.items():
+        for data in TESTS:
+            runs[f"{model}-{data.removeprefix('tiny-')}"] = [*flags, "--data", data, "--eval-examples", "300"]
+    return runs
+
+
 def scale(shared: str) -> dict[str, list[str]]:
     """Steps of models with random weights, two layers deep and one whole, and dry runs of whole ones."""
     runs = {}
@@ -148,9 +159,9 @@ if __name__ == "__main__":
         parser.error("--device cuda: the rows of the stages are a CPU's, bit for bit; only `scale` is timed on a GPU")
     if not (ROOT / args.shared).is_dir():
         print(f"{args.shared} is not there: the rows on real weights are left out")
-    runs = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3, "scale": scale}[args.stage](
-        args.shared
-    )
+    runs = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "stage3": stage3, "slots": slots, "scale": scale}[
+        args.stage
+    ](args.shared)
     runs = {name: flags for name, flags in runs.items() if args.only in name}
     if args.device != "cpu":  # a dry run has no device
         runs = {name: flags for name, flags in runs.items() if "--dry-run" not in flags}

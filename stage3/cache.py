@@ -102,11 +102,23 @@ class Layout:
         parts = [part for layer in layers for part in (layer.keys, layer.values)]
         self.shapes = [(part.shape[1], part.shape[3]) for part in parts]  # (H, h)
         self.n = sum(heads * width for heads, width in self.shapes)
-        # RoPE, where it is one and the same in all layers; else keys stay as they lie in the cache
+        # RoPE: it is known, and `turned` turns back, if a token's first key is then the same at three positions
         self.rotary = next((m for name, m in reader.model.named_modules() if name.endswith("rotary_emb")), None)
         self.rotate = getattr(sys.modules[type(reader.model).__module__], "apply_rotary_pos_emb", None)
-        one_for_all = self.rotary and "layer_type" not in inspect.signature(self.rotary.forward).parameters
-        self.rotary = self.rotary if one_for_all and self.rotate else None
+        with torch.no_grad():
+            keys = reader.model(input_ids=token.expand(1, 3), use_cache=True).past_key_values.layers[0].keys
+        for self.width in (1, 2):  # numbers of a key for each cosine
+            back = self.attempt(keys)
+            if back is not None and (back[:, :, 2] - back[:, :, 0]).norm() < 0.05 * back[:, :, 0].norm():
+                return
+        self.rotary = None  # keys stay as they lie in the cache
+
+    def attempt(self, keys: Tensor) -> Tensor | None:
+        """Keys of positions 0, 1, ... turned back; None where this LLM's RoPE has another form."""
+        try:
+            return self.turned(keys, torch.arange(keys.shape[2], device=keys.device)[None], back=True)
+        except (RuntimeError, TypeError, ValueError):
+            return None
 
     def turned(self, keys: Tensor, at: Tensor, back: bool = False) -> Tensor:
         """Keys [B,H,S,h] turned by their positions [B,S], or turned back."""
@@ -116,7 +128,7 @@ class Layout:
         if back:
             scale = cos.square() + sin.square()  # not 1 in some LLMs for long contexts
             cos, sin = cos / scale, -sin / scale
-        width = cos.shape[-1]  # of a key, some LLMs turn only the first numbers
+        width = self.width * cos.shape[-1]  # of a key, some LLMs turn only the first numbers
         turned, _ = self.rotate(keys[..., :width], keys[..., :width], cos, sin)
         return torch.cat([turned, keys[..., width:]], -1)
 

@@ -39,6 +39,7 @@ from common import (
     check_prompts,
     load_reader,
 )
+from plumbing import hub
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_float, positive_int
 from plumbing.checkpoints import module_tensors
 from plumbing.data import load_data
@@ -148,7 +149,11 @@ class Slots(nn.Module):
         """(rows [B,T,n], what the scorer sees [B,T,4d+1]) of contexts, read by the LLM as it is."""
         ids, real = padded([passage.ids for passage in passages], self.reader.device)
         output = self.reader.model(
-            input_ids=ids, attention_mask=real, use_cache=True, output_hidden_states=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=real,
+            past_key_values=hub.DynamicCache(),
+            output_hidden_states=True,
+            logits_to_keep=1,
         )
         states = output.hidden_states[-1].float()
         states = states * states.square().mean(-1, keepdim=True).rsqrt() * real[..., None]
@@ -175,7 +180,10 @@ class Slots(nn.Module):
         embeddings = self.reader.table[ids] + stay[..., None] * self.stays
         with self.update.at_work():
             output = self.reader.model(
-                inputs_embeds=embeddings.to(self.reader.dtype), attention_mask=real, use_cache=True, logits_to_keep=1
+                inputs_embeds=embeddings.to(self.reader.dtype),
+                attention_mask=real,
+                past_key_values=hub.DynamicCache(),
+                logits_to_keep=1,
             )
         at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         rows = self.layout.rows(output.past_key_values, at)  # [B, T, n]
@@ -265,7 +273,7 @@ class Wire:
             self.head_rows = self.head_memory(ids) if self.head else empty  # [h, n]
 
     def head_memory(self, ids: Tensor) -> Tensor:
-        cache = self.reader.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = self.reader.model(input_ids=ids, past_key_values=hub.DynamicCache(), logits_to_keep=1).past_key_values
         return self.slots.layout.rows(cache, torch.arange(ids.shape[1], device=ids.device)[None])[0]
 
     def at_rate(self, rate: float) -> "Wire":
@@ -281,7 +289,11 @@ class Wire:
         (chosen,) = self.slots.choose([passage], [self.count(passage)])
         (latents,) = self.slots.latents([passage], [chosen])
         numbers = struct.pack("<3I", len(passage.ids), passage.head, len(chosen))
-        return numbers + chosen.cpu().numpy().astype("<u4").tobytes() + latents.cpu().numpy().astype("<f2").tobytes()
+        return (
+            numbers
+            + chosen.cpu().numpy().astype("<u4").tobytes()
+            + latents.half().cpu().numpy().astype("<f2").tobytes()
+        )
 
     @torch.no_grad()
     def selected(self, passages: list[Passage]) -> Memory:

@@ -25,6 +25,7 @@ from plumbing.hub import AutoModelForCausalLM, GradientCheckpointingLayer
 from plumbing.launch import UserError
 from plumbing.models import check_embeddings, checkpoint_layers, weight_bytes
 from plumbing.spelling import tokenize
+from stage3 import slots
 
 V = 4112  # more than either tokenizer knows: real models pad their tables
 SMALL = dict(
@@ -157,7 +158,7 @@ def test_the_stages_run_on_a_chat_model(random_llm, tmp_path, no_picture):
 
 
 def run_the_stages(llm, tmp_path):
-    """All four stages run, one on top of the other. Returns what stage 1 printed."""
+    """All four stages and slots run, one on top of the other. Returns what stage 1 printed."""
     on = ("--model", llm, *QUICK)
     run = succeed(stage1, *on, "--code-dim", "8", "--out", tmp_path / "1")
     said = run.stdout
@@ -167,6 +168,7 @@ def run_the_stages(llm, tmp_path):
     succeed(stage2, *on, "--stage1", tmp_path / "1", "--out", tmp_path / "2")
     result = succeed(stage3, *on, "--out", tmp_path / "3").result
     assert result["nll_wire"] == result["nll_text"] and result["f1"] == result["text_f1"]
+    succeed(slots, *on, "--out", tmp_path / "4")
     succeed(stage0, *on, "--smoke", "--out", tmp_path / "0")  # --smoke: linear probes of 10 prompts, not of 1000
     return said
 

@@ -25,6 +25,7 @@ SCRIPTS = {
     "stage1": "stage1_pca_adapter.py",
     "stage2": "stage2_encoder.py",
     "stage3": "stage3_full.py",
+    "slots": "stage3_full.py",
 }
 
 

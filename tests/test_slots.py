@@ -10,6 +10,7 @@ from test_models import ARCHITECTURES, MORE, TEMPLATE, families
 
 import stage3_full as stage3
 from common import generate, load_reader, make_prompt
+from plumbing import hub
 from plumbing.launch import UserError
 from plumbing.wires import load_wire
 from stage3 import slots
@@ -37,7 +38,7 @@ def family(reader) -> str:
 def prefilled(layout: Layout, ids: list[int], kept: list[int]) -> Memory:
     """The memory of a context of which only some tokens are kept, just as the LLM has them."""
     with torch.no_grad():
-        cache = layout.reader.model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+        cache = layout.reader.model(input_ids=torch.tensor([ids]), past_key_values=hub.DynamicCache()).past_key_values
         rows = layout.rows(cache, torch.arange(len(ids))[None])
     real = torch.ones(1, len(kept), dtype=torch.long)
     return Memory(rows[:, kept], torch.tensor([kept]), real, torch.tensor([len(ids)]))
