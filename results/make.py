@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BLOCKS = {
-    HERE.parent / "README.md": "ladder stage0-number stage1-number stage2-number stage3-number slots-number minutes",
+    HERE.parent / "README.md": "ladder stage0-number stage1-number stage2-number stage3-number slots-number",
     HERE / "README.md": (
         "readers-scores readers-depth stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity "
         "stage1-adapters stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights "
@@ -154,7 +154,7 @@ def duration(run: dict) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the main README: the ladder, what to remember of each stage, and how long it takes
+# the main README: the ladder, and what to remember of each stage
 
 
 def ladder() -> list[str]:
@@ -163,8 +163,8 @@ def ladder() -> list[str]:
     rows = readers(STAGE0) + adapter_rows("mlp", 8) + readers(STAGE2) + message_rows("prompt")
     columns = {"stage": lambda row: "3, slots" if row["stage"] == "slots" else row["stage"][-1]} | READER
     columns |= {"what is learned": lambda row: learned[row["stage"]].format_map(row)}
-    columns |= F1 | RETENTION | BYTES | POSITIONS | {"seeds": "{seeds}"}
-    return table(in_order(rows, "stage", "model") + readers(SLOTS), columns)
+    columns |= F1 | RETENTION | BYTES | POSITIONS | {"minutes": in_units(60, "train_seconds", form="{:.0f}")}
+    return table(in_order(rows, "stage", "model") + readers(SLOTS), columns | {"seeds": "{seeds}"})
 
 
 def stage0_number() -> list[str]:
@@ -218,13 +218,6 @@ def slots_number() -> list[str]:
         kept = {"start": row["start_f1"], "cut": row["truncated_f1"], "failed": stage0["f1"]}
         lines += ["", text.format_map(row | {key: 100 * f1 / row["text_f1"] for key, f1 in kept.items()})]
     return lines[1:]
-
-
-def minutes() -> list[str]:
-    runs = named(STAGE0, "tiny-seed0") + named(STAGE1, "tiny-k24-mlp-seed0")
-    runs += named(STAGE2, "tiny-seed0") + named(STAGE3, "seed0")
-    columns = {"stage": lambda row: row["stage"][-1], "minutes": "{minutes:.1f}", "of which evaluation": "{tested:.1f}"}
-    return table([with_minutes(run) for run in runs], columns | {"on a CPU, with": "{on}"} | COMMAND)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -179,15 +179,25 @@ def nll_behind(layout: Layout, memory: Memory, passages: list[Passage]) -> Tenso
 
 @torch.inference_mode()
 def answers_behind(layout: Layout, memory: Memory, tails: list[list[int]]) -> list[str]:
-    """Greedy answers to questions (their tokens); question i is read behind context i of the memory."""
+    """Greedy answers to questions (their tokens); question i is read behind context i of the memory.
+
+    Questions of one length are read together: padding inside a sequence would push tokens out of a sliding window.
+    """
+    answers = {}
+    for length in {len(tail) for tail in tails}:
+        chosen = [i for i, tail in enumerate(tails) if len(tail) == length]
+        found = greedy(layout, memory.of(chosen), torch.tensor([tails[i] for i in chosen]))
+        answers |= zip(chosen, found, strict=True)
+    return [answers[i] for i in range(len(tails))]
+
+
+def greedy(layout: Layout, memory: Memory, ids: Tensor) -> list[str]:
+    """Greedy answers to questions [B,T] of one length."""
     reader, device = layout.reader, layout.reader.device
-    ids = pad_sequence([torch.tensor(tail) for tail in tails], batch_first=True, padding_side="left").to(device)
-    lengths = torch.tensor([len(tail) for tail in tails], device=device)
-    place = torch.arange(ids.shape[1], device=device) - (ids.shape[1] - lengths)[:, None]  # below 0: padding
-    mask = torch.cat([memory.real, (place >= 0).long()], 1)
-    at, cache, found = memory.lengths[:, None] + place.clamp(min=0), layout.cache(memory), []
-    done = torch.zeros(len(tails), dtype=torch.bool, device=device)
-    ends = torch.tensor(reader.eos_ids, device=device)
+    ids, cache, found = ids.to(device), layout.cache(memory), []
+    at = memory.lengths[:, None] + torch.arange(ids.shape[1], device=device)
+    mask, ends = F.pad(memory.real, (0, ids.shape[1]), value=1), torch.tensor(reader.eos_ids, device=device)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=device)
     while len(found) < MAX_NEW_TOKENS and not done.all():
         output = reader.model(
             input_ids=ids, past_key_values=cache, attention_mask=mask, position_ids=at, logits_to_keep=1

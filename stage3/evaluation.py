@@ -143,7 +143,7 @@ def bytes_of_nll(reader: Reader, id_lists: list[list[int]], batch_size: int) -> 
 
 def answers_to(layout: Layout, passages: list[Passage], given: list, receive: Callable, batch_size: int) -> list[str]:
     """The answer to the first question about each passage; receive: some of what is `given` for them -> Memory."""
-    order = sorted(range(len(passages)), key=lambda i: -len(passages[i].ids))  # like lengths together
+    order = sorted(range(len(passages)), key=lambda i: len(passages[i].tails[0]))  # like lengths together
 
     def answers_of(part: list[int]) -> list[str]:
         return answers_behind(layout, receive([given[i] for i in part]), [passages[i].tails[0] for i in part])
