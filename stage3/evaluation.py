@@ -1,4 +1,4 @@
-"""What a message costs and keeps, beside other ways to make a text small: cut it, zlib, the LLM's own prediction."""
+"""What a message costs and keeps beside other ways to make a text small, and what slots keep beside their start."""
 
 import io
 import math

@@ -1,16 +1,15 @@
 """Stage 3, the last rung: stage 0's own shape, 32 latents of 256 numbers for a context, in the order that works.
 
-    context -> frozen LLM + [low-rank update] -> keys, values -> [encoder] -> 32 latents x 256     what stands for it
-               known       starts at zero       of 32 tokens     starts at PCA
-    latents -> [adapter] -> keys and values of 32 slots -> frozen LLM reads the question behind them -> answer
-               starts at the inverse PCA                   target: the answer after the whole text
+    context -> frozen LLM + [update] -> keys and values of 32 tokens -> [encoder] -> 32 latents x 256
+               known    starts at zero  chosen by a fitted scorer        starts at the PCA
+    latents -> [adapter] -> keys and values of 32 slots -> frozen LLM, which reads the question behind them -> answer
+               starts at the inverse PCA
 
-Everything starts as something that is known to work. A frozen LLM reads a context once and keeps keys and values of
-every token; it goes on from those of a few (*slots*), at their original positions, nearly as well as from all, if they
-are the right ones. So before the first step a scorer chooses the tokens that the same LLM attends to when it answers
-other questions, and their keys and values, `n` numbers a token, go through a PCA of 256 components. Then one part is
-trained: a low-rank update of the LLM that reads the context, so that what is said by the tokens that go moves into
-those that stay, together with the two matrices around the latents. The LLM that answers is frozen and never updated.
+Everything starts as something that works. An LLM that has read a context keeps keys and values of every token. It can
+go on from those of a few tokens (*slots*), at their original positions. A scorer chooses them: those that the LLM
+attends to when it writes answers. A PCA makes 256 numbers of the `n` that a token has in all layers together. Then the
+training begins. A low-rank update of the LLM that reads the context learns to move what the other tokens say into those
+that stay; the two matrices around the latents learn with it, slowly. The LLM that answers is frozen, and has no update.
 
     python stage3_full.py --receiver slots --model tiny                                     # README has the scores
     python stage3_full.py --receiver slots --eval-only tiny/wires/stage3 --rate 2           # half as many positions
