@@ -21,7 +21,7 @@ against one, and F1 through the wire is F1 from text.
     python stage3_full.py --eval-only tiny/wires/stage3 --model tiny-qwen   # the shipped wire, one receiver
     python stage3_full.py --send "Pergalan sells olive oil." > message
     python stage3_full.py --receive message --model tiny-qwen --question "What does Pergalan sell?"
-    python stage3_full.py --receiver slots                                  # few positions of a context: stage3/slots.py
+    python stage3_full.py --receiver slots                                   # few positions: stage3/slots.py
 
 Letters: M latents of a message, V pieces, G groups of them, n positions in a batch, L tokens of a prompt, d LLM
 embedding width.
