@@ -1,5 +1,6 @@
 """Slots: few positions of a context. A cache with gaps, rows that come back, and what a message holds."""
 
+import json
 import shutil
 import struct
 
@@ -251,3 +252,22 @@ def test_bad_input_is_one_line(random_llm, tmp_path, flags, wrong):
     run = run_stage(stage3, "--receiver", "slots", "--model", random_llm, *QUICK, "--out", tmp_path / "out", *flags)
     assert run.code == 2 and wrong in run.stderr and run.stderr.count("\n") == 1
     assert not (tmp_path / "out" / "wire.safetensors").exists()
+
+
+@pytest.mark.parametrize("model", ("tiny", "tiny-qwen"))
+def test_the_shipped_slots_answer_from_one_message(model, sender, tmp_path):
+    (tmp_path / "message").write_bytes(sender.send(TEXT, "context"))
+    on = ("--model", model, "--receive", tmp_path / "message", "--receiver", "slots")
+    run = succeed(stage3, *on, "--question", "Where does Ada live?", "What does Ben sell?")
+    assert run.stdout == "Paris\nolive oil\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ("tiny", "tiny-qwen"))
+def test_the_shipped_slots_keep_more_than_what_is_not_trained(model, tmp_path):
+    on = ("--receiver", "slots", "--eval-only", stage3.SHIPPED, "--model", model, "--eval-examples", "100")
+    result = succeed(stage3, *on, "--out", tmp_path).result
+    controls = json.loads((tmp_path / "config.json").read_text())["controls"]
+    untrained = max(result["truncated_f1"], controls["selection_f1"], controls["start_f1"])
+    assert result["f1"] > untrained + 3 and controls["rates"]["1"] > 0.9 * result["text_f1"]
+    assert result["shuffled_f1"] < 10 and result["positions"] < 0.6 * result["text_positions"]
