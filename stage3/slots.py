@@ -338,8 +338,13 @@ def answer_loss(wire: Wire, passages: list[Passage], counts: list[int], targets:
 def load_slots(directory: str, model: str) -> SavedWire:
     """The slots of a model: a wire of its own, or one beside the sender of stage 3."""
     beside = f"{directory}/slots-{Path(MODELS.get(model, model)).name}"
-    found = any(Path(base, beside).exists() for base in (".", ROOT))
-    return load_wire(beside if found else directory, STAGE, WIRE)
+    if any(Path(base, beside).exists() for base in (".", ROOT)):
+        return load_wire(beside, STAGE, WIRE)
+    try:
+        return load_wire(directory, STAGE, WIRE)
+    except UserError as error:
+        hint = f"--receiver slots --model {model} --out {beside} would train slots for it"
+        raise UserError(f"{error}; {hint}") from None
 
 
 def restore_slots(slots: Slots, saved: SavedWire) -> None:
@@ -426,7 +431,8 @@ def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # evaluation: the wire and every control, on test passages whose names were never seen
     slots.half().float()  # as it is saved, with 16 bits a number
-    metrics, controls, records = measure_slots(wire, Wire(start, count), data, 2 * args.micro_batch_size, CURVE)
+    curve = CURVE[:1] if args.smoke else CURVE
+    metrics, controls, records = measure_slots(wire, Wire(start, count), data, 2 * args.micro_batch_size, curve)
     controls["explained_variance"] = explained
     many = f"{args.rate:g} tokens a latent" if args.rate else f"{args.latents} latents"
     title, config = f"stage 3, slots: {many}, {LATENT_WIDTH} numbers each", {"embedding_width": reader.table.shape[1]}
