@@ -208,16 +208,15 @@ def stage3_number() -> list[str]:
 
 def slots_number() -> list[str]:
     text = (
-        "With {slots:.0f} latents of 256 numbers for a context of {context_tokens:.0f} tokens, {model} keeps "
-        "{score[retention]}% of its F1 from text. Before training it keeps {start:.1f}%, and text cut to as many "
-        "positions {cut:.1f}%. Stage 0, with latents of the same shape, keeps {failed:.1f}% ({examples:,} test "
-        "passages, {over}): `{command}`"
+        "With {0[slots]:.0f} latents of 256 numbers for a context of {0[context_tokens]:.0f} tokens, {0[model]} keeps "
+        "{0[score][retention]}% of its F1 from text, and {1[model]} {1[score][retention]}%. Before training they keep "
+        "{2[0]:.1f} and {2[1]:.1f}%, and from text cut to as many positions {3[0]:.1f} and {3[1]:.1f}%. Stage 0, with "
+        "latents of the same shape, keeps {4[0]:.1f} and {4[1]:.1f}% ({0[examples]:,} test passages, {0[over]}): "
+        "`{0[command]}`"
     )
-    lines = []
-    for row, stage0 in zip(readers(SLOTS), readers(STAGE0), strict=True):
-        kept = {"start": row["start_f1"], "cut": row["truncated_f1"], "failed": stage0["f1"]}
-        lines += ["", text.format_map(row | {key: 100 * f1 / row["text_f1"] for key, f1 in kept.items()})]
-    return lines[1:]
+    rows = readers(SLOTS)
+    kept = [[100 * row[key] / row["text_f1"] for row in rows] for key in ("start_f1", "truncated_f1")]
+    return [text.format(*rows, *kept, [row["retention"] for row in readers(STAGE0)])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
