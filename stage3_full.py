@@ -102,6 +102,8 @@ def parse_arguments():
     add("--wire", metavar="WIRE_DIR", help=f"for --send, --send-lines and --receive; default: {SHIPPED}")
     args = finish_arguments(parser)
     once = [flag for flag in ("send", "send_lines", "receive") if getattr(args, flag) is not None]
+    if args.receiver == "text" and (args.latents or args.rate):
+        parser.error(f"{'--latents' if args.latents else '--rate'} belongs to --receiver slots: a text has no slots")
     if len(once) > 1:
         parser.error("--send, --send-lines and --receive are separate processes: give one of them")
     if not once and (args.wire or args.question):
@@ -341,6 +343,7 @@ def step_texts(args, step: int, data: Data, reader: Reader, corpus: list[str], c
 
 
 def main() -> None:
+    # slots are a stage of their own, stage3/slots.py; a message is received here, whoever answers
     chosen = Parser(add_help=False)
     slots.add_receiver(chosen)
     chosen.add_argument("--receive")

@@ -77,7 +77,7 @@ class Memory:
     real: Tensor  # [B, S] 1, or 0 for padding, which is on the left
     lengths: Tensor  # [B] tokens of the whole context: where a question begins
 
-    def of(self, contexts: list[int] | Tensor) -> "Memory":
+    def of(self, contexts: list[int]) -> "Memory":
         """Of some of the contexts, in any order; of one several times, if it is asked several times."""
         return Memory(self.rows[contexts], self.at[contexts], self.real[contexts], self.lengths[contexts])
 

@@ -33,11 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from common import (
-    Reader,
-    check_prompts,
-    load_reader,
-)
+from common import Reader, check_prompts, load_reader
 from plumbing import hub
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_float, positive_int
 from plumbing.checkpoints import module_tensors
@@ -80,7 +76,8 @@ def add_receiver(parser: Parser) -> None:
     """The flags that stage3_full.py and this file share."""
     add, told = parser.add_argument, "text: the LLM reads every token; slots: it reads few positions of a context"
     add("--receiver", choices=("text", "slots"), default="text", help=f"{told} (stage3/slots.py)")
-    add("--latents", metavar="N", type=positive_int, default=LATENTS, help="slots of a context (default: %(default)s)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--latents", metavar="N", type=positive_int, help=f"slots of a context (default: {LATENTS})")
     add("--rate", metavar="R", type=positive_float, help="instead of --latents: tokens of a context for each slot")
 
 
@@ -265,15 +262,14 @@ class Wire:
     def __init__(self, slots: Slots, count: Callable[[Passage], int]):
         """count: how many latents a passage has, at most."""
         self.slots, self.count, self.reader = slots, count, slots.reader
-        self.head = head_ids(self.reader)
-        with torch.no_grad():
-            ids = torch.tensor([self.head], dtype=torch.long, device=self.reader.device)
-            empty = ids.new_zeros(0, slots.layout.n, dtype=torch.float32)
-            self.head_rows = self.head_memory(ids) if self.head else empty  # [h, n]
-
-    def head_memory(self, ids: Tensor) -> Tensor:
-        cache = self.reader.model(input_ids=ids, past_key_values=hub.DynamicCache(), logits_to_keep=1).past_key_values
-        return self.slots.layout.rows(cache, torch.arange(ids.shape[1], device=ids.device)[None])[0]
+        # the rows [h,n] of the tokens before every context, as the frozen LLM keeps them: they do not travel
+        self.head_rows = torch.zeros(0, slots.layout.n, device=self.reader.device)
+        ids = torch.tensor([head_ids(self.reader)], dtype=torch.long, device=self.reader.device)
+        if ids.numel():
+            with torch.no_grad():
+                output = self.reader.model(input_ids=ids, past_key_values=hub.DynamicCache(), logits_to_keep=1)
+            at = torch.arange(ids.shape[1], device=ids.device)[None]
+            self.head_rows = slots.layout.rows(output.past_key_values, at)[0]
 
     def at_rate(self, rate: float) -> "Wire":
         """The same, with a latent for so many tokens of a context."""
@@ -287,12 +283,9 @@ class Wire:
     def send(self, passage: Passage) -> bytes:
         (chosen,) = self.slots.choose([passage], [self.count(passage)])
         (latents,) = self.slots.latents([passage], [chosen])
-        numbers = struct.pack("<3I", len(passage.ids), passage.head, len(chosen))
-        return (
-            numbers
-            + chosen.cpu().numpy().astype("<u4").tobytes()
-            + latents.half().cpu().numpy().astype("<f2").tobytes()
-        )
+        counts = struct.pack("<3I", len(passage.ids), passage.head, len(chosen))
+        places, numbers = chosen.cpu().numpy().astype("<u4"), latents.half().cpu().numpy().astype("<f2")
+        return counts + places.tobytes() + numbers.tobytes()
 
     @torch.no_grad()
     def selected(self, passages: list[Passage]) -> Memory:
@@ -343,8 +336,7 @@ def load_slots(directory: str, model: str) -> SavedWire:
     try:
         return load_wire(directory, STAGE, WIRE)
     except UserError as error:
-        hint = f"--receiver slots --model {model} --out {beside} would train slots for it"
-        raise UserError(f"{error}; {hint}") from None
+        raise UserError(f"{error}; slots that are trained with --out {beside} would be found there") from None
 
 
 def restore_slots(slots: Slots, saved: SavedWire) -> None:
@@ -355,7 +347,7 @@ def restore_slots(slots: Slots, saved: SavedWire) -> None:
 
 def how_many(args) -> Callable[[Passage], int]:
     """How many latents --latents or --rate gives a passage."""
-    return functools.partial(Passage.count, rate=args.rate) if args.rate else lambda passage: args.latents
+    return functools.partial(Passage.count, rate=args.rate) if args.rate else lambda _: args.latents or LATENTS
 
 
 def ask(reader: Reader, saved: SavedWire, args, context: str, questions: list[str]) -> list[str]:
@@ -434,7 +426,7 @@ def main() -> None:
     curve = CURVE[:1] if args.smoke else CURVE
     metrics, controls, records = measure_slots(wire, Wire(start, count), data, 2 * args.micro_batch_size, curve)
     controls["explained_variance"] = explained
-    many = f"{args.rate:g} tokens a latent" if args.rate else f"{args.latents} latents"
+    many = f"{args.rate:g} tokens a latent" if args.rate else f"{args.latents or LATENTS} latents"
     title, config = f"stage 3, slots: {many}, {LATENT_WIDTH} numbers each", {"embedding_width": reader.table.shape[1]}
     tensors = {name: tensor.half() for name, tensor in module_tensors({"slots": slots}).items()}
     bars = {"before training": controls["start_f1"]}

@@ -179,6 +179,12 @@ def test_receivers_see_the_message_alone(tiny):
         assert struct.unpack_from("<3I", message)[0] == together.lengths[i] == len(passages[i].ids)
 
 
+def test_a_message_does_not_depend_on_the_question(tiny):
+    wire = slots.Wire(slots.Slots(tiny), lambda passage: 9)
+    for rows in ROWS:
+        assert len({wire.send(Passage(tiny, [row])) for row in rows}) == 1
+
+
 def test_a_short_context_keeps_every_token(tiny):
     passage = Passage(tiny, [{"context": "Ada lives in Paris.", "question": "Where does Ada live?"}])
     message = slots.Wire(slots.Slots(tiny), lambda passage: 32).send(passage)
@@ -233,6 +239,12 @@ def test_fewer_slots_than_asked_for_in_training(random_llm, ladder, tmp_path):
     by_rate, by_count = (succeed(stage3, *on, *flags).result for flags in (("--rate", "4"), ("--latents", "7")))
     assert by_rate["positions"] < by_rate["text_positions"]
     assert by_count["wire_bytes"] == 12 + 7 * 4 + 7 * 2 * slots.LATENT_WIDTH
+
+
+def test_slots_flags_are_refused_where_there_are_none(random_llm):
+    for flags in (("--rate", "2"), ("--latents", "8"), ("--receiver", "slots", "--rate", "2", "--latents", "8")):
+        run = run_stage(stage3, "--model", random_llm, *flags)
+        assert run.code == 2 and flags[-2] in run.stderr and run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
