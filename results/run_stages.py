@@ -4,8 +4,8 @@
     python results/run_stages.py scale --workers 1    # timed rows run alone; --device cuda: the same on a GPU
     python results/make.py                            # tables in both READMEs, and figures, from the JSON
 
-The real-weights rows need a directory with models/stories260k, data/text/tinystories_sample.txt and
-data/squad/dev-v1.1.json beside the checkout (--shared); without it they are left out and said to be.
+The real-weights rows need a directory with models/stories260k, tokenizers/gpt2, data/text/tinystories_sample.txt
+and data/squad/ beside the checkout (--shared); without it they are left out and said to be.
 """
 
 import argparse
@@ -34,6 +34,7 @@ WIDTHS = {"tiny": (24, 12), "tiny-qwen": (20, 10)}  # 8x and 16x fewer dimension
 # linear needs the LLM to choose what it gets right; a codebook starts where it should end
 ADAPTERS = {"mlp": [], "linear": ["--steps", "200", "--llm-steps", "200"], "codebook": ["--steps", "20"]}
 STORIES_WIRE = "out/results/stage1/stories260k-k8-codebook"  # not shipped: made when it is not there
+GPT2, GPT2_WIRE = "out/results/gpt2-random", "out/results/stage1/gpt2-random-k32-codebook"  # so are these
 CHECKPOINTING = "--gradient-checkpointing"
 # test sets of the world: relations and forms that training never saw, everyday texts, and five ways of writing
 TESTS = [name for name in TINY if name not in ("tiny", "tiny-plain")]
@@ -79,6 +80,9 @@ def stage2(shared: str) -> dict[str, list[str]]:
     if (ROOT / shared).is_dir():
         stories = ["--model", f"{shared}/models/stories260k", "--data", f"{shared}/data/text/tinystories_sample.txt"]
         runs["stories260k"] = [*stories, "--stage1", STORIES_WIRE]
+        for steps in ("300", "1000", "3000"):  # GPT-2's vocabulary; the LLM behind it answers nothing
+            flags = ["--model", GPT2, "--data", f"{shared}/data/squad/train-subset.json", "--stage1", GPT2_WIRE]
+            runs[f"gpt2-{steps}"] = [*flags, "--steps", steps, "--eval-examples", "100"]
     return runs
 
 
@@ -121,6 +125,20 @@ def scale(shared: str) -> dict[str, list[str]]:
         shape = ["--random-weights", *layers, "--dtype", "bfloat16", "--steps", steps]
         runs[name] = ["--model", model, *shape, "--micro-batch-size", rows, "--batch-size", rows, *more]
     return runs
+
+
+def make_gpt2(shared: str) -> None:
+    """GPT-2's tokenizer with a small random LLM behind it, and a stage-1 codebook for it."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_embd=128, n_layer=1, n_head=2)).save_pretrained(ROOT / GPT2)
+    AutoTokenizer.from_pretrained(ROOT / shared / "tokenizers/gpt2").save_pretrained(ROOT / GPT2)
+    flags = ["--model", GPT2, "--data", f"{shared}/data/squad/train-subset.json", "--adapter", "codebook"]
+    flags += ["--code-dim", "32", "--steps", "2", "--llm-steps", "0", "--micro-batch-size", "4"]
+    flags += ["--eval-examples", "8", "--device", "cpu", "--out", GPT2_WIRE]
+    subprocess.run([sys.executable, SCRIPTS["stage1"], *flags], cwd=ROOT, check=True)
 
 
 def measure(stage: str, name: str, flags: list[str], threads: int, device: str) -> bool:
@@ -168,6 +186,8 @@ if __name__ == "__main__":
     if args.stage == "stage2" and "stories260k" in runs and not (ROOT / STORIES_WIRE).exists():
         flags = [*stage1(args.shared)["stories260k-k8-codebook"], "--device", "cpu", "--out", STORIES_WIRE]
         subprocess.run([sys.executable, SCRIPTS["stage1"], *flags], cwd=ROOT, check=True)
+    if args.stage == "stage2" and any(name.startswith("gpt2") for name in runs) and not (ROOT / GPT2_WIRE).exists():
+        make_gpt2(args.shared)
     threads = max(1, os.cpu_count() // args.workers)
     # what evaluates a wire comes after what trains it
     order = (lambda f: "--eval-only" not in f, lambda f: "--eval-only" in f)
