@@ -102,6 +102,13 @@ class Layout:
         parts = [part for layer in layers for part in (layer.keys, layer.values)]
         self.shapes = [(part.shape[1], part.shape[3]) for part in parts]  # (H, h)
         self.n = sum(heads * width for heads, width in self.shapes)
+        # heads that keep keys and values, in all layers; the head [n] of each number of a row, counted through them
+        self.layers = [heads for heads, _ in self.shapes[::2]]
+        self.heads, owners, first = sum(self.layers), [], 0
+        for i, (heads, width) in enumerate(self.shapes):
+            owners.append(first + torch.arange(heads).repeat_interleave(width))
+            first += heads * (i % 2)  # keys and values of a layer have the same heads
+        self.owners = torch.cat(owners).to(reader.device)
         # RoPE: it is known, and `turned` turns back, if a token's first key is then the same at three positions
         self.rotary = next((m for name, m in reader.model.named_modules() if name.endswith("rotary_emb")), None)
         self.rotate = getattr(sys.modules[type(reader.model).__module__], "apply_rotary_pos_emb", None)

@@ -1,22 +1,25 @@
 """Stage 3, the last rung: stage 0's own shape, 32 latents of 256 numbers for a context, in the order that works.
 
-    context -> frozen LLM + [update] -> keys and values of 32 tokens -> [encoder] -> 32 latents x 256
-               known    starts at zero  chosen by a fitted scorer        starts at the PCA
+    context -> frozen LLM + [update] -> keys and values of 32 slots  -> [encoder] -> 32 latents x 256
+               known    starts at zero  chosen by fitted scorers         starts at the PCA
     latents -> [adapter] -> keys and values of 32 slots -> frozen LLM, which reads the question behind them -> answer
                starts at the inverse PCA
 
 Everything starts as something that works. An LLM that has read a context keeps keys and values of every token. It can
 go on from those of a few tokens (*slots*), at their original positions. A scorer chooses them: those that the LLM
-attends to when it writes answers. A PCA makes 256 numbers of the `n` that a token has in all layers together. Then the
-training begins. A low-rank update of the LLM that reads the context learns to move what the other tokens say into those
-that stay; the two matrices around the latents learn with it, slowly. The LLM that answers is frozen, and has no update.
+attends to when it writes answers. Heads attend to different tokens, so each head has its own choice: a slot stands
+where one token stood, and holds for most heads that token, for others one that they want more. A PCA makes 256 numbers
+of the `n` that a slot has in all layers together; it looks at each number as closely as the answers depend on it. Then
+the training begins. A low-rank update of the LLM that reads the context learns to move what the other tokens say into
+those that stay; the two matrices around the latents learn with it, slowly. The LLM that answers is frozen, and has no
+update.
 
     python stage3_full.py --receiver slots --model tiny                                     # README has the scores
     python stage3_full.py --receiver slots --eval-only tiny/wires/stage3 --rate 2           # half as many positions
     python stage3_full.py --receive message --receiver slots --question "Who?" "Where?"     # one cache, two questions
 
-Letters: B batch, T padded length, S slots, n numbers of a row (keys and values of a token in every layer), d LLM
-embedding width, V vocabulary.
+Letters: B batch, T padded length, S slots, n numbers of a row (keys and values of a token in every layer), H heads that
+keep them, in all layers together, d LLM embedding width, V vocabulary.
 """
 
 import contextlib
@@ -25,6 +28,7 @@ import math
 import random
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +72,8 @@ LATENTS, LATENT_WIDTH = 32, 256  # stage 0's
 RANK = 64  # of the update of each matrix
 RATES = 1.0, 5.0  # tokens of a context for each slot, drawn anew for each passage of the training
 QUESTIONS = 6  # about each passage of a step
-KNOWN = 300  # passages that scorer and PCA are fitted on
+ALL = 100  # questions about each passage that scorers and PCA are fitted on, if there are so many
+KNOWN = 300  # passages that scorers and PCA are fitted on
 CURVE = 1, 2, 3, 4  # tokens of a context for each slot, at which every evaluation measures F1, too
 
 
@@ -128,6 +133,18 @@ class Update(nn.Module):
                 hook.remove()
 
 
+@dataclass
+class Choice:
+    """The tokens of one context that stay."""
+
+    at: Tensor  # [S] where each slot stands
+    tokens: Tensor  # [S, H] the token that each head keeps there
+
+    def rows(self, rows: Tensor, owners: Tensor) -> Tensor:
+        """Rows [S,n] of slots, from those [T,n] of tokens. owners: the head [n] of each number."""
+        return rows.gather(0, self.tokens[:, owners])
+
+
 class Slots(nn.Module):
     """A context -> latents [S,256] and where their tokens stood; latents -> keys and values of slots."""
 
@@ -138,41 +155,53 @@ class Slots(nn.Module):
         self.update = Update(reader.model)
         self.stays = nn.Parameter(torch.zeros(d))  # added to the embeddings of the tokens that stay
         self.encoder, self.adapter = nn.Linear(n, LATENT_WIDTH), nn.Linear(LATENT_WIDTH, n)
-        self.register_buffer("scale", torch.ones(n))  # RMS of each layer's keys or values, as numbers of a row
-        self.register_buffer("scorer", torch.zeros(4 * d + 1))
+        self.register_buffer("scale", torch.ones(n))  # of each number of a row: the larger, the less it matters
+        self.register_buffer("scorer", torch.zeros(4 * d + 1, self.layout.heads))
 
-    def read(self, passages: list[Passage]) -> tuple[Tensor, Tensor]:
-        """(rows [B,T,n], what the scorer sees [B,T,4d+1]) of contexts, read by the LLM as it is."""
+    def rows(self, passages: list[Passage]) -> Tensor:
+        """[B,T,n] of contexts, read by the LLM as it is."""
         ids, real = padded([passage.ids for passage in passages], self.reader.device)
         output = self.reader.model(
-            input_ids=ids,
-            attention_mask=real,
-            past_key_values=hub.DynamicCache(),
-            output_hidden_states=True,
-            logits_to_keep=1,
+            input_ids=ids, attention_mask=real, past_key_values=hub.DynamicCache(), logits_to_keep=1
         )
-        states = output.hidden_states[-1].float()
-        states = states * states.square().mean(-1, keepdim=True).rsqrt() * real[..., None]
-        around = F.pad(states, (0, 0, 1, 2))  # a token, one before it and two behind it
-        seen = torch.cat([around[:, i : i + ids.shape[1]] for i in range(4)], -1)
         at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return self.layout.rows(output.past_key_values, at), F.pad(seen, (0, 1), value=1.0)
+        return self.layout.rows(output.past_key_values, at)
+
+    def seen(self, passages: list[Passage]) -> Tensor:
+        """[B,T,4d+1]: what the scorer sees of contexts, the states of four layers of the LLM as it is."""
+        ids, real = padded([passage.ids for passage in passages], self.reader.device)
+        states = self.reader.model(
+            input_ids=ids, attention_mask=real, use_cache=False, output_hidden_states=True, logits_to_keep=1
+        ).hidden_states
+        layers = len(states) - 1
+        states = [states[math.ceil(layers * part / 4)].to(ids.device).float() for part in (1, 2, 3, 4)]
+        states = [state * state.square().mean(-1, keepdim=True).rsqrt() for state in states]
+        return F.pad(torch.cat(states, -1), (0, 1), value=1.0)
 
     @torch.no_grad()
-    def choose(self, passages: list[Passage], counts: list[int]) -> list[Tensor]:
-        """Positions of the `counts` tokens of each context that stay, in the text's order."""
-        scores = self.read(passages)[1] @ self.scorer  # [B, T]
-        chosen = []
+    def choose(self, passages: list[Passage], counts: list[int]) -> list[Choice]:
+        """The `counts` slots of each context, in the text's order.
+
+        They stand where the tokens are that all heads together want most. A head that wants others more keeps those
+        instead of the ones that it wants less.
+        """
+        scores = self.seen(passages) @ self.scorer  # [B, T, H]
+        scores, chosen = scores.round(decimals=3), []  # so that equals are, on any machine
         for passage, part, count in zip(passages, scores, counts, strict=True):
-            part = part[passage.head : len(passage.ids)].round(decimals=3)  # so that equals are, on any machine
-            best = part.argsort(descending=True, stable=True)[:count]
-            chosen.append(passage.head + best.sort().values)
+            part = part[passage.head : len(passage.ids)]
+            at = best(part.sum(1, keepdim=True), count)[:, 0]
+            wanted = torch.zeros_like(part, dtype=torch.bool).scatter(0, best(part, count), True)
+            tokens, unwanted = at[:, None].repeat(1, part.shape[1]), ~wanted[at]
+            wanted[at] = False
+            tokens.T[unwanted.T] = wanted.T.nonzero()[:, 1]  # as many, for each head
+            chosen.append(Choice(passage.head + at, passage.head + tokens))
         return chosen
 
-    def latents(self, passages: list[Passage], chosen: list[Tensor]) -> list[Tensor]:
-        """[S,256] of each context, where the tokens at the positions `chosen` stay."""
+    def latents(self, passages: list[Passage], chosen: list[Choice]) -> list[Tensor]:
+        """[S,256] of each context, where the `chosen` tokens stay."""
         ids, real = padded([passage.ids for passage in passages], self.reader.device)
-        stay = torch.stack([torch.zeros(ids.shape[1], device=ids.device).index_fill(0, at, 1.0) for at in chosen])
+        zeros = torch.zeros(ids.shape[1], device=ids.device)
+        stay = torch.stack([zeros.index_fill(0, choice.at, 1.0) for choice in chosen])
         embeddings = self.reader.table[ids] + stay[..., None] * self.stays
         with self.update.at_work():
             output = self.reader.model(
@@ -182,12 +211,18 @@ class Slots(nn.Module):
                 logits_to_keep=1,
             )
         at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        rows = self.layout.rows(output.past_key_values, at)  # [B, T, n]
-        return [self.encoder(row[places] / self.scale) for row, places in zip(rows, chosen, strict=True)]
+        rows, owners = self.layout.rows(output.past_key_values, at), self.layout.owners  # [B, T, n]
+        slots = [choice.rows(row, owners) for row, choice in zip(rows, chosen, strict=True)]
+        return [self.encoder(part / self.scale) for part in slots]
 
-    def memory(self, heads: list[Tensor], latents: list[Tensor], chosen: list[Tensor], lengths: list[int]) -> Memory:
-        """What the frozen LLM goes on from. heads: [h,n] rows of the tokens before each context."""
-        return stacked(heads, [self.adapter(part) * self.scale for part in latents], chosen, lengths)
+    def memory(self, heads: list[Tensor], latents: list[Tensor], at: list[Tensor], lengths: list[int]) -> Memory:
+        """What the frozen LLM goes on from. heads: [h,n] rows of the tokens before each context; at: [S]."""
+        return stacked(heads, [self.adapter(part) * self.scale for part in latents], at, lengths)
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Places [count,H] of the largest scores [T,H] of each column, in order."""
+    return scores.argsort(dim=0, descending=True, stable=True)[:count].sort(0).values
 
 
 def stacked(heads: list[Tensor], rows: list[Tensor], at: list[Tensor], lengths: list[int]) -> Memory:
@@ -203,50 +238,70 @@ def stacked(heads: list[Tensor], rows: list[Tensor], at: list[Tensor], lengths: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the start: a scorer and a PCA, fitted on the frozen LLM
+# the start: scorers and a PCA, fitted on the frozen LLM
 
 
 @torch.no_grad()
-def fit_start(slots: Slots, passages: list[Passage]) -> float:
-    """Fit scorer and PCA. Returns the share of the rows' variance that the latents hold.
+def fit_scorer(slots: Slots, passages: list[Passage]) -> None:
+    """Fit what chooses tokens: a linear map for each head, by ridge regression.
 
-    The scorer is a linear map to the attention that a token gets while the LLM writes the answers to all questions
-    about its passage, summed over layers and heads of the largest; by ridge regression.
+    Its target is the most attention that the head pays a token while the LLM writes the answers to all questions about
+    its passage.
     """
-    reader = slots.reader
+    reader, gram, moment = slots.reader, 0.0, 0.0
     reader.model.set_attn_implementation("eager")  # the only one that returns attentions
-    sample, gram, moment = [], 0.0, 0.0
     for passage in passages:
-        rows, seen = slots.read([passage])
-        paid = torch.zeros(len(passage.ids), device=reader.device)
-        pairs = list(zip(passage.tails, passage.answers, strict=True))
-        ids, real = padded([passage.ids + tail + answer for tail, answer in pairs], reader.device)
-        output = reader.model(input_ids=ids, attention_mask=real, use_cache=False, output_attentions=True)
-        for layer in output.attentions:  # [questions, H, T, T]
-            peaks = []
-            for i, (tail, answer) in enumerate(pairs):
-                first = len(passage.ids) + len(tail) - 1
-                peaks.append(layer[i, :, first : first + len(answer), : len(passage.ids)].float().amax(1))
-            paid += torch.stack(peaks).amax(0).sum(0)
-        sample.append(rows[0, passage.head :].cpu())
-        gram, moment = gram + seen[0].T @ seen[0], moment + seen[0].T @ paid
+        n, paid = len(passage.ids), torch.zeros(())
+        for part in micro_batches(list(zip(passage.tails, passage.answers, strict=True)), 8):
+            ids, real = padded([passage.ids + tail + answer for tail, answer in part], reader.device)
+            output = reader.model(input_ids=ids, attention_mask=real, use_cache=False, output_attentions=True)
+            # [questions, H, T, T]: of the queries that share a head's keys and values, the one that attends most;
+            # layers may be fewer than attentions, where the last ones use keys and values of others
+            layers = zip(output.attentions, slots.layout.layers, strict=False)
+            attention = [layer.unflatten(1, (heads, -1)).amax(2).to(reader.device) for layer, heads in layers]
+            for pays, (tail, answer) in zip(torch.cat(attention, 1), part, strict=True):
+                first = n + len(tail) - 1
+                paid = pays[:, first : first + len(answer), :n].float().amax(1).maximum(paid.to(pays.device))  # [H, n]
+        (seen,) = slots.seen([passage])
+        gram, moment = gram + seen.T @ seen, moment + seen.T @ paid.T
     if reader.device.type != "cpu":  # where it is also the faster one, in bfloat16
         reader.model.set_attn_implementation("sdpa")
     slots.scorer.copy_(torch.linalg.solve(gram + 10 * torch.eye(len(gram), device=gram.device), moment))
-    sample = torch.cat(sample)[: 16 * 1024].to(reader.device)
-    numbers = [heads * width for heads, width in slots.layout.shapes]
-    scale = torch.cat([part.square().mean().sqrt().expand(part.shape[1]) for part in sample.split(numbers, 1)])
-    slots.scale.copy_(scale.clamp(min=1e-6))
-    sample /= slots.scale
-    mean = sample.mean(0)
-    components = torch.svd_lowrank(sample - mean, q=min(LATENT_WIDTH, *sample.shape), niter=4)[2]  # [n, 256]
-    slots.encoder.weight.zero_()
-    slots.adapter.weight.zero_()
-    slots.encoder.weight[: components.shape[1]] = components.T
-    slots.adapter.weight[:, : components.shape[1]] = components
-    slots.encoder.bias.copy_(-slots.encoder.weight @ mean)
-    slots.adapter.bias.copy_(mean)
-    return (((sample - mean) @ components).square().sum() / (sample - mean).square().sum()).item()
+
+
+def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> float:
+    """Fit encoder and adapter to the PCA of slots, and return the share of their variance that latents hold.
+
+    Each number of a row counts as much as the answers depend on it: by the RMS of their loss's gradient.
+    """
+    slots, sample, squares = wire.slots, [], 0.0
+    for passage in passages:
+        chosen = slots.choose([passage], draw_counts(drawn, [passage]))
+        with torch.no_grad():
+            rows = chosen[0].rows(slots.rows([passage])[0], slots.layout.owners)
+        rows.requires_grad_()
+        memory = stacked([wire.head_rows[: passage.head]], [rows], [chosen[0].at], [len(passage.ids)])
+        nll_behind(slots.layout, memory.of([0] * len(passage.tails)), [passage]).backward()
+        sample.append(rows.detach().cpu())
+        squares = squares + rows.grad.square().sum(0)
+    with torch.no_grad():
+        sample = torch.cat(sample)[: 16 * 1024].to(squares.device)
+        numbers = [heads * width for heads, width in slots.layout.shapes]
+        size = torch.cat([part.square().mean().sqrt().expand(part.shape[1]) for part in sample.split(numbers, 1)])
+        size = size.clamp(min=1e-6)  # RMS of each layer's keys or values
+        matters = squares * size.square()
+        scale = size / (matters + 0.01 * matters.mean()).sqrt()
+        slots.scale.copy_(scale * (sample / scale).square().mean().sqrt())
+        sample /= slots.scale
+        mean = sample.mean(0)
+        components = torch.svd_lowrank(sample - mean, q=min(LATENT_WIDTH, *sample.shape), niter=4)[2]  # [n, 256]
+        slots.encoder.weight.zero_()
+        slots.adapter.weight.zero_()
+        slots.encoder.weight[: components.shape[1]] = components.T
+        slots.adapter.weight[:, : components.shape[1]] = components
+        slots.encoder.bias.copy_(-slots.encoder.weight @ mean)
+        slots.adapter.bias.copy_(mean)
+        return (((sample - mean) @ components).square().sum() / (sample - mean).square().sum()).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,34 +338,41 @@ class Wire:
     def send(self, passage: Passage) -> bytes:
         (chosen,) = self.slots.choose([passage], [self.count(passage)])
         (latents,) = self.slots.latents([passage], [chosen])
-        counts = struct.pack("<3I", len(passage.ids), passage.head, len(chosen))
-        places, numbers = chosen.cpu().numpy().astype("<u4"), latents.half().cpu().numpy().astype("<f2")
+        counts = struct.pack("<3I", len(passage.ids), passage.head, len(chosen.at))
+        places, numbers = chosen.at.cpu().numpy().astype("<u4"), latents.half().cpu().numpy().astype("<f2")
         return counts + places.tobytes() + numbers.tobytes()
 
     @torch.no_grad()
     def selected(self, passages: list[Passage]) -> Memory:
         """Nothing is learned but the choice: the tokens that stay, as the frozen LLM keeps them."""
         chosen = self.slots.choose(passages, [self.count(passage) for passage in passages])
-        kept = [row[at] for row, at in zip(self.slots.read(passages)[0], chosen, strict=True)]
+        owners, pairs = self.slots.layout.owners, zip(self.slots.rows(passages), chosen, strict=True)
+        kept = [choice.rows(row, owners) for row, choice in pairs]
         heads = [self.head_rows[: passage.head] for passage in passages]
-        return stacked(heads, kept, chosen, [len(passage.ids) for passage in passages])
+        return stacked(heads, kept, [choice.at for choice in chosen], [len(passage.ids) for passage in passages])
 
     @torch.no_grad()
     def receive(self, messages: list[bytes]) -> Memory:
-        device, heads, latents, chosen, lengths = self.reader.device, [], [], [], []
+        device, heads, latents, at, lengths = self.reader.device, [], [], [], []
         for message in messages:
             length, head, count = struct.unpack_from("<3I", message)
             places = np.frombuffer(message, "<u4", count, 12).astype(np.int64)
             numbers = np.frombuffer(message, "<f2", count * LATENT_WIDTH, 12 + 4 * count).astype(np.float32)
             heads.append(self.head_rows[:head])
             latents.append(torch.from_numpy(numbers).view(count, LATENT_WIDTH).to(device))
-            chosen.append(torch.from_numpy(places).to(device))
+            at.append(torch.from_numpy(places).to(device))
             lengths.append(length)
-        return self.slots.memory(heads, latents, chosen, lengths)
+        return self.slots.memory(heads, latents, at, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss: answers to several questions about each context, from its slots
+
+
+def draw_counts(drawn: random.Random, passages: list[Passage]) -> list[int]:
+    """Slots of each passage, at a rate that is drawn anew for it."""
+    low, high = map(math.log, RATES)
+    return [passage.count(math.exp(drawn.uniform(low, high))) for passage in passages]
 
 
 def answer_loss(wire: Wire, passages: list[Passage], counts: list[int], targets: int) -> Tensor:
@@ -319,7 +381,8 @@ def answer_loss(wire: Wire, passages: list[Passage], counts: list[int], targets:
     chosen = slots.choose(passages, counts)
     latents = slots.latents(passages, chosen)
     heads = [wire.head_rows[: passage.head] for passage in passages]
-    memory = slots.memory(heads, latents, chosen, [len(passage.ids) for passage in passages])
+    at, lengths = [choice.at for choice in chosen], [len(passage.ids) for passage in passages]
+    memory = slots.memory(heads, latents, at, lengths)
     asked = [i for i, passage in enumerate(passages) for _ in passage.tails]
     return nll_behind(slots.layout, memory.of(asked), passages) / targets
 
@@ -379,17 +442,18 @@ def main() -> None:
     out = open_out(args)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # model: an update that is zero, the PCA of what the frozen LLM keeps, a scorer of its attention
+    # model: an update that is zero, the PCA of what the frozen LLM keeps, scorers of its attention
     slots, known = Slots(reader).to(device), 10 if args.smoke else KNOWN
-    print("scorer and PCA", flush=True)
-    passages = [Passage(reader, rows) for rows in data.train_passages(args.seed, 0, known, QUESTIONS)]
-    explained = fit_start(slots, passages)
+    count = how_many(args)
+    wire = Wire(slots, count)
+    print("scorers and PCA", flush=True)
+    passages = [Passage(reader, rows) for rows in data.train_passages(args.seed, 0, known, ALL)]
+    fit_scorer(slots, passages)
+    explained = fit_latents(wire, passages, random.Random(args.seed))
     start = Slots(reader).to(device)
     start.load_state_dict(slots.state_dict())
     if saved:
         restore_slots(slots, saved)
-    count = how_many(args)
-    wire = Wire(slots, count)
     print(f"{sum(p.numel() for p in slots.parameters()):,} trained parameters; rows of {slots.layout.n} numbers")
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -405,9 +469,7 @@ def main() -> None:
             group["lr"] = args.lr * group["rate"] * warmth
         found = data.train_passages(args.seed, known + step * args.batch_size, args.batch_size, QUESTIONS)
         passages = [Passage(reader, rows) for rows in found]
-        drawn = random.Random(f"{args.seed}-{step}")
-        low, high = map(math.log, RATES)
-        counts = [passage.count(math.exp(drawn.uniform(low, high))) for passage in passages]
+        counts = draw_counts(random.Random(f"{args.seed}-{step}"), passages)
         targets = sum(len(answer) for passage in passages for answer in passage.answers)
         parts = zip(*(micro_batches(items, args.micro_batch_size) for items in (passages, counts)), strict=True)
         for part, some in my_share(list(parts)):  # all, unless torchrun started several processes

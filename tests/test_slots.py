@@ -138,7 +138,7 @@ def test_the_start_is_the_llm_itself(tiny):
             rows = prefilled(fresh.layout, passage.ids, list(range(passage.head, len(passage.ids)))).rows[0]
             back = (fresh.adapter(latent) - rows / fresh.scale).square().mean()
             assert back < 0.1 * (rows / fresh.scale).square().mean()
-    scores = fresh.read(passages)[1] @ fresh.scorer
+    scores = fresh.seen(passages) @ fresh.scorer
     assert scores.std() > 0 and torch.isfinite(scores).all()
 
 
