@@ -1,6 +1,7 @@
 """Slots: few positions of a context. A cache with gaps, rows that come back, and what a message holds."""
 
 import json
+import random
 import shutil
 import struct
 
@@ -126,31 +127,92 @@ def tiny():
     return load_reader("tiny", CPU, torch.float32)
 
 
+def fitted(reader, passages: list[Passage]) -> tuple[slots.Wire, float]:
+    """Slots before training, and the share of the variance that their latents hold."""
+    wire = slots.Wire(slots.Slots(reader), lambda passage: 9)
+    slots.fit_scorer(wire.slots, passages)
+    return wire, slots.fit_latents(wire, passages, random.Random(0))
+
+
 def test_the_start_is_the_llm_itself(tiny):
     """Before training, the update changes nothing, and what stays goes through the PCA alone."""
     passages = [Passage(tiny, rows) for rows in ROWS]
-    fresh = slots.Slots(tiny)
-    assert slots.fit_start(fresh, passages) > 0.9  # of the rows' variance
-    places = [torch.arange(passage.head, len(passage.ids)) for passage in passages]
+    wire, explained = fitted(tiny, passages)
+    fresh, counts = wire.slots, [passage.count(1) for passage in passages]
+    assert explained > 0.9
+    chosen = fresh.choose(passages, counts)
     with torch.no_grad():
-        latents = fresh.latents(passages, places)
-        for passage, latent in zip(passages, latents, strict=True):
-            rows = prefilled(fresh.layout, passage.ids, list(range(passage.head, len(passage.ids)))).rows[0]
-            back = (fresh.adapter(latent) - rows / fresh.scale).square().mean()
-            assert back < 0.1 * (rows / fresh.scale).square().mean()
+        latents = fresh.latents(passages, chosen)
+        for passage, choice, latent in zip(passages, chosen, latents, strict=True):
+            everything = torch.arange(passage.head, len(passage.ids))
+            assert torch.equal(choice.at, everything) and (choice.tokens.T == everything).all()
+            rows = prefilled(fresh.layout, passage.ids, everything.tolist()).rows[0] / fresh.scale
+            assert (fresh.adapter(latent) - rows).square().mean() < 0.1 * rows.square().mean()
     scores = fresh.seen(passages) @ fresh.scorer
-    assert scores.std() > 0 and torch.isfinite(scores).all()
+    assert (scores.flatten(0, 1).std(0) > 0).all() and torch.isfinite(scores).all()
+
+
+def test_each_head_keeps_what_it_wants(tiny):
+    wire, _ = fitted(tiny, [Passage(tiny, rows) for rows in ROWS])
+    passage, layout = Passage(tiny, ROWS[0]), wire.slots.layout
+    (choice,) = wire.slots.choose([passage], [9])
+    scores = (wire.slots.seen([passage]) @ wire.slots.scorer)[0, passage.head :].round(decimals=3)  # [tokens, H]
+
+    def most(scores: torch.Tensor) -> set[int]:  # the first of equals
+        return set(sorted(range(len(scores)), key=lambda i: -scores[i].item())[:9])
+
+    assert set((choice.at - passage.head).tolist()) == most(scores.sum(1))
+    differ = 0
+    for head in range(layout.heads):
+        wanted, kept = most(scores[:, head]), choice.tokens[:, head] - passage.head
+        assert set(kept.tolist()) == wanted
+        for slot, token in zip((choice.at - passage.head).tolist(), kept.tolist(), strict=True):
+            assert token == slot or slot not in wanted  # what it wants of the slots' own tokens stays in its slot
+            differ += token != slot
+    assert differ > layout.heads  # else heads would agree, and nothing was tested
+    rows = wire.slots.rows([passage])[0]
+    kept = choice.rows(rows, layout.owners)
+    heads, width = layout.shapes[0]  # of every layer of this LLM
+    for number in range(0, layout.n, 7):
+        layer, place = divmod(number, 2 * heads * width)
+        head = layer * heads + place % (heads * width) // width
+        assert torch.equal(kept[:, number], rows[choice.tokens[:, head], number])
+
+
+def test_heads_with_their_own_tokens_are_dense_attention_with_other_hidden_keys(tmp_path):
+    """In GPT-2, whose keys have no positions of their own, so that they may stand elsewhere."""
+    llm = save_random_llm(tmp_path / "llm", ARCHITECTURES["gpt2"](), HERE / "tiny" / "tiny-qwen")
+    reader = load_reader(str(llm), CPU, torch.float32)
+    reader.model.set_attn_implementation("eager")
+    layout, passage = Layout(reader), Passage(reader, ROWS[1])
+    before, tail, answer = len(passage.ids), passage.tails[0], passage.answers[0]
+    (heads,) = set(layout.layers)
+    tokens = torch.stack([torch.arange(head, head + 3 * 8, 3) for head in range(heads)], 1)  # [8, heads]
+    choice = slots.Choice(torch.arange(8), tokens.repeat(1, len(layout.layers)))  # the same in every layer
+    hidden = torch.full((heads, before + len(tail + answer), before + len(tail + answer)), float("-inf")).triu(1)
+    for head in range(heads):
+        others = [i for i in range(before) if i not in tokens[:, head].tolist()]
+        hidden[head, before:, others] = float("-inf")
+    whole = prefilled(layout, passage.ids, list(range(before)))
+    memory = Memory(choice.rows(whole.rows[0], layout.owners)[None], choice.at[None], whole.real[:, :8], whole.lengths)
+    ids = torch.tensor([passage.ids + tail + answer])
+    with torch.no_grad():
+        found = logits_behind(layout, memory, [tail + answer], [len(tail)])
+        dense = reader.model(input_ids=ids, attention_mask=hidden[None]).logits[0, before + len(tail) - 1 : -1]
+        text = reader.model(input_ids=ids).logits[0, before + len(tail) - 1 : -1]
+    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
+    assert (found - text).abs().max() > 1e-3
 
 
 def test_micro_batches_have_the_gradient_of_the_whole_step(tiny):
     passages = [Passage(tiny, rows[:3]) for rows in ROWS]
-    model = slots.Slots(tiny)
-    slots.fit_start(model, passages)
-    wire, counts = slots.Wire(model, lambda passage: 9), [passage.count(2.5) for passage in passages]
+    wire, _ = fitted(tiny, passages)
+    model, counts = wire.slots, [passage.count(2.5) for passage in passages]
     for part in model.update.b.values():  # zero at first, which hides the gradient of the other factor
         torch.nn.init.normal_(part, std=0.01)
     alone = [model.choose([passage], [count])[0] for passage, count in zip(passages, counts, strict=True)]
-    assert all(map(torch.equal, model.choose(passages, counts), alone))  # padding has no say
+    for together, choice in zip(model.choose(passages, counts), alone, strict=True):  # padding has no say
+        assert torch.equal(together.at, choice.at) and torch.equal(together.tokens, choice.tokens)
     targets = sum(len(answer) for passage in passages for answer in passage.answers)
     slots.answer_loss(wire, passages, counts, targets).backward()
     # the last layer's parts behind its keys and values have no gradient
