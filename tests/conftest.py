@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests compare bits, which are the CPU's; before torch is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # a sum of more threads has other last bits, which Adam's first steps magnify
 os.environ.setdefault("TRITON_INTERPRET", "1")  # test_kernels.py may run in this process, after kernels/ is imported
 
 import pytest
