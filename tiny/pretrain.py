@@ -193,7 +193,7 @@ def llama_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         [
             pre_tokenizers.Split("\n", "isolated"),
             pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.Split(Regex(r"[?.,:]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[?.,:'’-]"), "isolated"),
             pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="never"),
         ]
     )
@@ -263,7 +263,7 @@ FAMILIES = {
     "tiny-llama": Family(
         tokenizer=llama_tokenizer,
         config=LlamaConfig,
-        sizes=dict(hidden_size=192, intermediate_size=512, num_attention_heads=6, num_key_value_heads=6),
+        sizes=dict(hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=3),
         start_and_end=dict(bos_token_id=1, eos_token_id=2),
     ),
     "tiny-qwen": Family(
