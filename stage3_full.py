@@ -294,12 +294,14 @@ def receive_once(args) -> None:
         slots_wire = slots.load_slots(args.wire or SHIPPED, args.model or BOTH[0])
     reader = load_reader(args.model or BOTH[0], device, dtype, split=args.device == "split")
     if args.receiver == "slots":
-        print("\n".join(slots.ask(reader, slots_wire, args, text, args.question)))
-        return
-    prompts = [arrived(sender, reader, message, question) for question in args.question or [None]]
-    if any(prompt.truncated for prompt in prompts):
+        answers, cut = slots.ask(reader, slots_wire, args, text, args.question)
+    else:
+        prompts = [arrived(sender, reader, message, question) for question in args.question or [None]]
+        answers = generate(reader, [prompt.ids for prompt in prompts], 8)
+        cut = any(prompt.truncated for prompt in prompts)
+    if cut:
         print(f"note: the context exceeds {reader.prompt_tokens} tokens: cut at its end", file=sys.stderr)
-    print("\n".join(generate(reader, [prompt.ids for prompt in prompts], 8)))
+    print("\n".join(answers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ class Passage:
     def __init__(self, reader: Reader, rows: list[dict]):
         """rows: questions about one context, with or without answers."""
         longest = max((row["question"] for row in rows), key=len)
-        context = make_prompt(reader, rows[0]["context"], longest).context  # cut, if it must be
+        prompt = make_prompt(reader, rows[0]["context"], longest)
+        context, self.truncated = prompt.context, prompt.truncated  # its end is cut if it must be
         prompts = [make_prompt(reader, context, row["question"]) for row in rows]
         whole = as_prompt(reader, PROMPT.format(context=context, question=longest))
         end = whole.rindex(f"\nQuestion: {longest}")

@@ -413,15 +413,15 @@ def how_many(args) -> Callable[[Passage], int]:
     return functools.partial(Passage.count, rate=args.rate) if args.rate else lambda _: args.latents or LATENTS
 
 
-def ask(reader: Reader, saved: SavedWire, args, context: str, questions: list[str]) -> list[str]:
-    """Answers to several questions about a context that is read once, from one cache of a few slots."""
+def ask(reader: Reader, saved: SavedWire, args, context: str, questions: list[str]) -> tuple[list[str], bool]:
+    """(answers to questions about a context that is read once, from one cache of a few slots; whether it was cut)."""
     check_fingerprint(reader, saved.config, saved.name)
     slots = Slots(reader).to(reader.device)
     restore_slots(slots, saved)
     wire = Wire(slots, how_many(args))
     passage = Passage(reader, [{"context": context, "question": question} for question in questions])
     memory = wire.receive([wire.send(passage)])
-    return answers_behind(slots.layout, memory.of([0] * len(questions)), passage.tails)
+    return answers_behind(slots.layout, memory.of([0] * len(questions)), passage.tails), passage.truncated
 
 
 def main() -> None:

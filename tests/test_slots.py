@@ -272,8 +272,13 @@ def test_several_questions_to_one_message(random_llm, ladder, tmp_path):
     ask = ("--receiver", "slots", "--question", "Where does Ada live?", "What does Ben sell?")
     together = succeed(stage3, *on, *ask).stdout.split("\n")
     assert together == [*(succeed(stage3, *on, *ask[:3], question).stdout.strip("\n") for question in ask[3:]), ""]
+    assert "cut" not in succeed(stage3, *on, *ask).stderr
     run = run_stage(stage3, *on, "--receiver", "slots")
     assert run.code == 2 and "ask them here" in run.stderr
+    (tmp_path / "message").write_bytes(
+        stage3.load_sender(load_wire(str(wire), "stage3", stage3.WIRE)).send(100 * TEXT, "context")
+    )
+    assert "tokens: cut at its end" in succeed(stage3, *on, *ask).stderr
 
 
 def test_slots_are_found_beside_the_sender(random_llm, ladder, tmp_path):
