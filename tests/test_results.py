@@ -175,6 +175,12 @@ def test_a_hidden_passage_is_hidden_in_every_layer_and_in_no_other(random_llm):
     torch.testing.assert_close(answer_logits(batch.ids, set()), plain)
 
 
+def test_costs_say_how_they_were_made():
+    rows = {row["model"]: row for row in rows_of("costs")}
+    assert rows.keys() == {"llama-3.2-1b", "llama-7b"} and "first_seconds" in rows["llama-3.2-1b"]["ways"]["slots"]
+    assert all(row["commit"] and not row["commit"].endswith("-dirty") for row in rows.values())
+
+
 def test_costs_of_slots_are_those_by_hand(random_llm):
     ways = run_costs.count("tiny", 128, 32, torch.float32)
     config = json.loads((HERE / "tiny" / "tiny-llama" / "config.json").read_text())
