@@ -435,16 +435,13 @@ def slots_costs() -> list[str]:
     columns = {"LLM, tokens": "{model}, {tokens:,}", "way": "{way}", "positions read for a question": "{prefilled:,}"}
     columns |= {"positions kept": "{kept:,}", "numbers kept, M": in_units(1e6, "numbers", form="{:.1f}")}
     columns |= {"MB kept": in_units(1e6, "cache_bytes", form="{:.1f}"), "KB sent": in_units(1e3, "message_bytes")}
-    columns |= {
-        "TFLOPs once": in_units(1e12, "once", form="{:.2f}"),
-        "for a question": in_units(1e12, "each", form="{:.3f}"),
-    }
-    columns |= {
-        "s once": times("once_seconds", "{:.1f}".format),
-        "s to the first token": times("first_seconds", "{:.2f}".format),
-    }
+    columns |= {"TFLOPs once": in_units(1e12, "once", form="{:.2f}")}
+    columns |= {"TFLOPs for a question": in_units(1e12, "each", form="{:.3f}")}
+    columns |= {"s once": times("once_seconds", "{:.1f}".format)}
+    columns |= {"s to the first token": times("first_seconds", "{:.2f}".format)}
     columns |= {"tokens/s": times("next_seconds", lambda seconds: f"{1 / seconds:.1f}")}
-    pays_after = "pays after questions, by FLOPs (by time)"
+    pays_after = "questions until it pays, by FLOPs (by time)"
+    columns |= {"timed on": lambda way: f"{way['device']}, {way['threads']} threads" if "once_seconds" in way else ""}
     columns |= {pays_after: lambda way: f"{way['flops']} ({way['time']})" if way["time"] else way["flops"]}
     return table(rows, columns | COMMAND)
 
