@@ -46,6 +46,10 @@ USABLE = 0.92  # share of a card's memory; the driver and the libraries take the
 # what config.json of these models says, so that their shapes are here without the hub
 SHAPES = {
     "llama-7b": dict(max_position_embeddings=2048),  # transformers' defaults are this model's
+    "llama-3.2-1b": dict(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    ),
     "llama-3.1-8b": dict(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5,

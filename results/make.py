@@ -8,6 +8,7 @@ The lines between <!-- stage1-headline --> and <!-- /stage1-headline --> are tho
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -21,8 +22,8 @@ BLOCKS = {
     HERE / "README.md": (
         "readers-scores readers-depth stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity "
         "stage1-adapters stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights "
-        "stage2-vocabulary stage3-message stage3-rivals stage3-harder slots-rates slots-harder kernels-operator "
-        "kernels-codebook kernels-compiled scale-dry scale-steps"
+        "stage2-vocabulary stage3-message stage3-rivals stage3-harder slots-rates slots-harder slots-costs "
+        "kernels-operator kernels-codebook kernels-compiled scale-dry scale-steps"
     ),
 }
 MODELS = ("tiny", "tiny-qwen")
@@ -81,8 +82,8 @@ def named(runs: list[dict], *files: str) -> list[dict]:
     return [run for file in files for run in runs if run["file"] == file]
 
 
-FOLDERS = "readers stage0 stage1 stage2 stage3 slots rivals kernels scale".split()
-READERS, STAGE0, STAGE1, STAGE2, STAGE3, SLOTS, RIVALS, KERNELS, SCALE = map(load, FOLDERS)
+FOLDERS = "readers stage0 stage1 stage2 stage3 slots costs rivals kernels scale".split()
+READERS, STAGE0, STAGE1, STAGE2, STAGE3, SLOTS, COSTS, RIVALS, KERNELS, SCALE = map(load, FOLDERS)
 ADAPTERS = [run for run in STAGE1 if run["data"] == "tiny"]
 READINGS = [flat(run | other) for run in STAGE3 for other in ({}, *run["others"])]  # one for each receiver
 BENCHES = sorted((run for run in KERNELS if "operator" in run), key=lambda bench: bench["device"].startswith("CPU"))
@@ -412,6 +413,37 @@ def slots_rates() -> list[str]:
 def slots_harder() -> list[str]:
     columns = {"passages": passages} | READER | {"tokens": "{context_tokens:.0f}"} | F1 | RETENTION
     return table(in_order([run for run in SLOTS if run["data"].startswith("tiny-")], "data", "model"), columns)
+
+
+def slots_costs() -> list[str]:
+    """Three ways to answer questions about one context: a row for each."""
+
+    def pays(way: dict, text: dict, once: str, each: str) -> str:
+        """After how many questions a way has taken less than reading the text anew."""
+        saved = text.get(each, 0) - way.get(each, 0)
+        return str(math.ceil(way[once] / saved)) if saved else ""
+
+    def times(key: str, form: Callable[[float], str]) -> Callable[[dict], str]:
+        return lambda way: form(way[key]) if key in way else ""
+
+    rows = []
+    for run in sorted(COSTS, key=lambda run: run["tokens"]):
+        text = run["ways"]["text"]
+        for name, way in run["ways"].items():
+            more = {"way": name, "flops": pays(way, text, "once", "each")}
+            rows.append(run | way | more | {"time": pays(way, text, "once_seconds", "first_seconds")})
+    columns = {"LLM, tokens": "{model}, {tokens:,}", "way": "{way}", "positions read for a question": "{prefilled:,}"}
+    columns |= {"positions kept": "{kept:,}", "numbers kept, M": in_units(1e6, "numbers", form="{:.1f}")}
+    columns |= {"MB kept": in_units(1e6, "cache_bytes", form="{:.1f}"), "KB sent": in_units(1e3, "message_bytes")}
+    columns |= {"TFLOPs once": in_units(1e12, "once", form="{:.2f}")}
+    columns |= {"TFLOPs for a question": in_units(1e12, "each", form="{:.3f}")}
+    columns |= {"s once": times("once_seconds", "{:.1f}".format)}
+    columns |= {"s to the first token": times("first_seconds", "{:.2f}".format)}
+    columns |= {"tokens/s": times("next_seconds", lambda seconds: f"{1 / seconds:.1f}")}
+    pays_after = "questions until it pays, by FLOPs (by time)"
+    columns |= {"timed on": lambda way: f"{way['device']}, {way['threads']} threads" if "once_seconds" in way else ""}
+    columns |= {pays_after: lambda way: f"{way['flops']} ({way['time']})" if way["time"] else way["flops"]}
+    return table(rows, columns | COMMAND)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from conftest import CPU, HERE
 
 from common import load_reader, make_batch
 from kernels.bench import collect
+from results import run_costs
 from results.run_readers import attending, hiding
+from stage3.slots import RANK
 
 
 def rows_of(stage):
@@ -171,3 +173,28 @@ def test_a_hidden_passage_is_hidden_in_every_layer_and_in_no_other(random_llm):
     assert (answer_logits(batch.ids, set()) - answer_logits(other, set())).abs().max() > 1e-4
     plain = reader.model(input_ids=batch.ids, use_cache=False).logits[0, length:]
     torch.testing.assert_close(answer_logits(batch.ids, set()), plain)
+
+
+def test_costs_say_how_they_were_made():
+    rows = {row["model"]: row for row in rows_of("costs")}
+    assert rows.keys() == {"llama-3.2-1b", "llama-7b"} and "first_seconds" in rows["llama-3.2-1b"]["ways"]["slots"]
+    assert all(row["commit"] and not row["commit"].endswith("-dirty") for row in rows.values())
+
+
+def test_costs_of_slots_are_those_by_hand(random_llm):
+    ways = run_costs.count("tiny", 128, 32, torch.float32)
+    config = json.loads((HERE / "tiny" / "tiny-llama" / "config.json").read_text())
+    layers, d, f, V = (config[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"))
+
+    def reading(tokens: int, kept: int) -> int:
+        """Matrices of the layers, attention, and the logits of one token."""
+        return 2 * tokens * layers * (4 * d * d + 3 * d * f + 2 * d * (tokens + kept)) + 2 * V * d
+
+    n, update = 2 * layers * d, layers * RANK * (4 * 2 * d + 3 * (d + f))
+    assert ways["text"]["each"] == reading(160, 0) and ways["cache"]["once"] == reading(128, 0)
+    assert ways["cache"]["each"] == reading(32, 128) and ways["slots"]["each"] == reading(32, 32)
+    assert ways["slots"]["once"] == 2 * reading(128, 0) + 2 * 128 * update + 2 * 2 * 32 * n * 256
+    assert ways["slots"]["cache_bytes"] == 32 * n * 4 and ways["slots"]["message_bytes"] == 12 + 32 * (4 + 512)
+    reader = load_reader(str(random_llm), CPU, torch.float32)
+    times = run_costs.measure(reader, 40, 10, 1)
+    assert times.keys() == ways.keys() and times["slots"]["once_seconds"] > times["text"]["once_seconds"]
