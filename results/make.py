@@ -22,7 +22,7 @@ BLOCKS = {
     HERE / "README.md": (
         "readers-scores readers-depth stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity "
         "stage1-adapters stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights "
-        "stage2-vocabulary stage3-message stage3-rivals stage3-harder slots-rates slots-harder slots-costs "
+        "stage2-vocabulary stage3-message stage3-rivals stage3-harder slots-rates slots-harder slots-ceilings slots-costs "
         "kernels-operator kernels-codebook kernels-compiled scale-dry scale-steps"
     ),
 }
@@ -82,8 +82,8 @@ def named(runs: list[dict], *files: str) -> list[dict]:
     return [run for file in files for run in runs if run["file"] == file]
 
 
-FOLDERS = "readers stage0 stage1 stage2 stage3 slots costs rivals kernels scale".split()
-READERS, STAGE0, STAGE1, STAGE2, STAGE3, SLOTS, COSTS, RIVALS, KERNELS, SCALE = map(load, FOLDERS)
+FOLDERS = "readers stage0 stage1 stage2 stage3 slots ceilings costs rivals kernels scale".split()
+READERS, STAGE0, STAGE1, STAGE2, STAGE3, SLOTS, CEILINGS, COSTS, RIVALS, KERNELS, SCALE = map(load, FOLDERS)
 ADAPTERS = [run for run in STAGE1 if run["data"] == "tiny"]
 READINGS = [flat(run | other) for run in STAGE3 for other in ({}, *run["others"])]  # one for each receiver
 BENCHES = sorted((run for run in KERNELS if "operator" in run), key=lambda bench: bench["device"].startswith("CPU"))
@@ -413,6 +413,12 @@ def slots_rates() -> list[str]:
 def slots_harder() -> list[str]:
     columns = {"passages": passages} | READER | {"tokens": "{context_tokens:.0f}"} | F1 | RETENTION
     return table(in_order([run for run in SLOTS if run["data"].startswith("tiny-")], "data", "model"), columns)
+
+
+def slots_ceilings() -> list[str]:
+    """F1 of what a frozen LLM could read: a row for each reader, a column for each kind of ceiling."""
+    columns = {"reader": "{model}"} | {kind: in_units(1, "f1", kind) for run in CEILINGS[:1] for kind in run["f1"]}
+    return table(in_order(CEILINGS, "model"), columns | COMMAND)
 
 
 def slots_costs() -> list[str]:

@@ -12,9 +12,11 @@ from conftest import CPU, HERE
 
 from common import load_reader, make_batch
 from kernels.bench import collect
-from results import run_costs
+from results import run_ceilings, run_costs
 from results.run_readers import attending, hiding
-from stage3.slots import RANK
+from stage3 import slots
+from stage3.cache import Passage, answers_behind, nll_behind
+from tiny import world
 
 
 def rows_of(stage):
@@ -190,7 +192,7 @@ def test_costs_of_slots_are_those_by_hand(random_llm):
         """Matrices of the layers, attention, and the logits of one token."""
         return 2 * tokens * layers * (4 * d * d + 3 * d * f + 2 * d * (tokens + kept)) + 2 * V * d
 
-    n, update = 2 * layers * d, layers * RANK * (4 * 2 * d + 3 * (d + f))
+    n, update = 2 * layers * d, layers * slots.RANK * (4 * 2 * d + 3 * (d + f))
     assert ways["text"]["each"] == reading(160, 0) and ways["cache"]["once"] == reading(128, 0)
     assert ways["cache"]["each"] == reading(32, 128) and ways["slots"]["each"] == reading(32, 32)
     assert ways["slots"]["once"] == 2 * reading(128, 0) + 2 * 128 * update + 2 * 2 * 32 * n * 256
@@ -198,3 +200,32 @@ def test_costs_of_slots_are_those_by_hand(random_llm):
     reader = load_reader(str(random_llm), CPU, torch.float32)
     times = run_costs.measure(reader, 40, 10, 1)
     assert times.keys() == ways.keys() and times["slots"]["once_seconds"] > times["text"]["once_seconds"]
+
+
+def test_ceilings():
+    """All pairs, or 16 bits, answer as the text does; no pairs do not. Crammed latents learn what they are taught."""
+    tiny = load_reader("tiny", CPU, torch.float32)
+    wire = slots.Wire(slots.Slots(tiny).requires_grad_(False), lambda _: slots.LATENTS)
+    passages = [Passage(tiny, [row]) for row in world.make_examples("test", 4)]
+    tails, layout = [passage.tails[0] for passage in passages], wire.slots.layout
+    text = answers_behind(layout, run_ceilings.read_whole(wire, passages), tails)
+    assert answers_behind(layout, run_ceilings.read_whole(wire, passages, 16), tails) == text
+    assert answers_behind(layout, run_ceilings.read_whole(wire, passages, 2), tails) != text
+    every = [run_ceilings.kept_pairs(wire, passage, 1) for passage in passages]
+    few = [run_ceilings.kept_pairs(wire, passage, 50) for passage in passages]
+    assert all(pairs.all() for pairs in every) and run_ceilings.answers_from_pairs(wire, passages, every) == text
+    assert all(0 < pairs.float().mean() < 0.1 for pairs in few)
+    assert run_ceilings.answers_from_pairs(wire, passages, few) != text
+    ((taught, to_answer),) = run_ceilings.two_wordings(1)
+    assert not {row["question"] for row in taught} & {row["question"] for row in to_answer}
+    assert len({row["context"] for row in taught + to_answer}) == 1
+    learned = Passage(tiny, taught)
+
+    def nll(memory) -> float:
+        return nll_behind(layout, memory.of([0] * len(taught)), [learned]).item()
+
+    (chosen,) = wire.slots.choose([learned], [slots.LATENTS])
+    start = wire.slots.memory(
+        [wire.head_rows], wire.slots.latents([learned], [chosen]), [chosen.at], [len(learned.ids)]
+    )
+    assert nll(run_ceilings.cram(wire, [learned], None)) < 0.5 * nll(start)
