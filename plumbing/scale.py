@@ -28,7 +28,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop,
+    sdpa_flop,
+)
 
 import kernels.adapter  # noqa: F401  registers torch.ops.latentwire
 from common import IGNORE, MAX_NEW_TOKENS, PCA, Batch, Reader, answer_logits, embedding_table
@@ -117,6 +123,11 @@ def random_wire(stage1: ModuleType, reader: Reader, k: int, kind: str):
     counts = torch.ones(len(reader.table), device=device)
     wire.adapter = stage1.Adapter(kind, pca, reader, wire.codes, counts).to(device)
     return wire
+
+
+# attention on a CPU, which torch's counter leaves out
+flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)
+flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop)
 
 
 @register_flop_formula(torch.ops.latentwire.adapt)

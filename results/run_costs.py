@@ -52,7 +52,6 @@ def count(name: str, tokens: int, slots: int, dtype: torch.dtype) -> dict[str, d
         """FLOPs of reading so many tokens behind a cache of `kept` positions."""
         with FakeTensorMode(), torch.no_grad():
             reader, cache = random_reader(name, None, torch.device("cpu"), dtype), DynamicCache()
-            reader.model.set_attn_implementation("eager")  # matmuls: the counter knows no fused attention of a CPU
             for layer in range(layers if kept else 0):
                 keys = torch.zeros(1, heads, kept, width, dtype=dtype)
                 cache.update(keys, keys, layer)
