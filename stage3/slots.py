@@ -156,7 +156,7 @@ class Slots(nn.Module):
         self.stays = nn.Parameter(torch.zeros(d))  # added to the embeddings of the tokens that stay
         self.encoder, self.adapter = nn.Linear(n, LATENT_WIDTH), nn.Linear(LATENT_WIDTH, n)
         self.register_buffer("scale", torch.ones(n))  # of each number of a row: the larger, the less it matters
-        self.register_buffer("scorer", torch.zeros(4 * d + 1, self.layout.heads))
+        self.register_buffer("scorer", torch.zeros(6 * d + 1, self.layout.heads))
 
     def rows(self, passages: list[Passage]) -> Tensor:
         """[B,T,n] of contexts, read by the LLM as it is."""
@@ -168,7 +168,10 @@ class Slots(nn.Module):
         return self.layout.rows(output.past_key_values, at)
 
     def seen(self, passages: list[Passage]) -> Tensor:
-        """[B,T,4d+1]: what the scorer sees of contexts, the states of four layers of the LLM as it is."""
+        """[B,T,6d+1]: what the scorer sees of contexts.
+
+        These are a token's states in four layers of the LLM as it is, and the last states of the two tokens before it.
+        """
         ids, real = padded([passage.ids for passage in passages], self.reader.device)
         states = self.reader.model(
             input_ids=ids, attention_mask=real, use_cache=False, output_hidden_states=True, logits_to_keep=1
@@ -176,7 +179,8 @@ class Slots(nn.Module):
         layers = len(states) - 1
         states = [states[math.ceil(layers * part / 4)].to(ids.device).float() for part in (1, 2, 3, 4)]
         states = [state * state.square().mean(-1, keepdim=True).rsqrt() for state in states]
-        return F.pad(torch.cat(states, -1), (0, 1), value=1.0)
+        before = [F.pad(states[-1], (0, 0, back, 0))[:, :-back] for back in (1, 2)]
+        return F.pad(torch.cat([*states, *before], -1), (0, 1), value=1.0)
 
     @torch.no_grad()
     def choose(self, passages: list[Passage], counts: list[int]) -> list[Choice]:
