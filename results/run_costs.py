@@ -1,7 +1,7 @@
 """What slots cost and what they save at the shape of a real LLM with random weights, as JSON in results/costs/.
 
-    python results/run_costs.py llama-3.2-1b              # counts, and times on this machine: 8 GB, some minutes
-    python results/run_costs.py llama-7b --tokens 4096 --dry-run        # counts bytes and FLOPs, allocates nothing
+    python results/run_costs.py llama-3.2-1b              # counts, and times on this machine, in minutes
+    python results/run_costs.py llama-7b --tokens 4096 --dry-run        # counts bytes and FLOPs, without weights
     python results/make.py                                              # the table in results/README.md
 
 A context is asked QUESTION tokens at a time, and each answer has ANSWER tokens. Three ways:
@@ -14,6 +14,7 @@ A context is asked QUESTION tokens at a time, and each answer has ANSWER tokens.
 import argparse
 import functools
 import json
+import math
 import statistics
 import sys
 import time
@@ -29,8 +30,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import Reader  # noqa: E402
+from plumbing.arguments import positive_int  # noqa: E402
+from plumbing.checkpoints import write_atomically  # noqa: E402
 from plumbing.hub import DynamicCache  # noqa: E402
-from plumbing.launch import commit, name_of, versions  # noqa: E402
+from plumbing.launch import commit, launch, name_of, versions  # noqa: E402
 from plumbing.report import rounded  # noqa: E402
 from plumbing.scale import random_reader, synchronize  # noqa: E402
 from stage3.slots import LATENT_WIDTH, Slots, Update  # noqa: E402
@@ -124,26 +127,29 @@ def measure(reader: Reader, tokens: int, count: int, repeats: int) -> dict[str, 
     return {name: {key: statistics.median(values) for key, values in way.items()} for name, way in found.items()}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("model", help="a shape of plumbing/scale.py, or a local directory")
-    parser.add_argument("--tokens", type=int, default=1024, help="of the context")
-    parser.add_argument("--rate", type=int, default=4, help="tokens of the context for each slot")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=positive_int, default=1024, help="of the context")
+    parser.add_argument("--rate", type=positive_int, default=4, help="tokens of the context for each slot")
+    parser.add_argument("--repeats", type=positive_int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="count only")
     args = parser.parse_args()
-    slots, dtype = args.tokens // args.rate, torch.bfloat16
+    slots, dtype = math.ceil(args.tokens / args.rate), torch.bfloat16
     ways = count(args.model, args.tokens, slots, dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not args.dry_run:
-        reader = random_reader(args.model, None, device, dtype)
-        times = measure(reader, args.tokens, slots, args.repeats)
+        times = measure(random_reader(args.model, None, device, dtype), args.tokens, slots, args.repeats)
         ways = {name: way | times[name] for name, way in ways.items()}
     result = {"model": args.model, "tokens": args.tokens, "rate": args.rate, "ways": ways, "dtype": name_of(dtype)}
     result |= {"device": None if args.dry_run else torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     result |= {"threads": torch.get_num_threads(), "versions": versions(), "commit": commit()}
     result["command"] = " ".join(["python results/run_costs.py", *sys.argv[1:]])
-    target = HERE / "costs" / f"{args.model}-{args.tokens}.json"
+    target = HERE / "costs" / f"{Path(args.model).name}-{args.tokens}.json"
     target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(rounded(result), indent=2) + "\n")
+    write_atomically(target, (json.dumps(rounded(result), indent=2) + "\n").encode())
     print(json.dumps(rounded(result)))
+
+
+if __name__ == "__main__":
+    launch(main)
