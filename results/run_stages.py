@@ -38,6 +38,7 @@ GPT2, GPT2_WIRE = "out/results/gpt2-random", "out/results/stage1/gpt2-random-k32
 CHECKPOINTING = "--gradient-checkpointing"
 # test sets of the world: relations and forms that training never saw, everyday texts, and five ways of writing
 TESTS = [name for name in TINY if name not in ("tiny", "tiny-plain")]
+HARDEST = ("tiny-unseen", "tiny-everyday", "tiny-upper", "tiny-accents")  # for wires that lose something
 
 
 def stage0(shared: str) -> dict[str, list[str]]:
@@ -74,7 +75,7 @@ def stage2(shared: str) -> dict[str, list[str]]:
     # its steps go through the LLM, and take three times as long
     runs["tiny-without-code-target"] = ["--model", "tiny", "--without", "code-target", "--steps", "1000"]
     for model, wire in (("tiny", "stage2"), ("tiny-qwen", "stage2-qwen")):
-        for data in TESTS:
+        for data in HARDEST:
             flags = ["--eval-only", f"tiny/wires/{wire}", "--data", data, "--eval-examples", "300"]
             runs[f"{model}-{data.removeprefix('tiny-')}"] = flags
     if (ROOT / shared).is_dir():
@@ -103,7 +104,7 @@ def slots(shared: str) -> dict[str, list[str]]:
     on = {model: ["--receiver", "slots", "--eval-only", "tiny/wires/stage3", "--model", model] for model in WIDTHS}
     runs = {f"{model}-seed0": flags for model, flags in on.items()}
     for model, flags in on.items():
-        for data in TESTS:
+        for data in HARDEST:
             runs[f"{model}-{data.removeprefix('tiny-')}"] = [*flags, "--data", data, "--eval-examples", "300"]
     return runs
 
