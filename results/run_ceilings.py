@@ -47,11 +47,11 @@ WORDINGS, TAUGHT, ASKED = 4, 24, 6  # drawn of each question; questions of a pas
 def kept_pairs(wire: slots.Wire, passage: Passage, budget: int) -> Tensor:
     """[H,T] bool: of all pairs of a head and a token, those that the scorer wants most; one of `budget` stays."""
     wanted = (wire.slots.seen([passage]) @ wire.slots.scorer)[0].T.clone()  # [H, T]
-    wanted[:, : passage.head] = float("-inf")
-    pairs = wire.slots.layout.heads * (len(passage.ids) - passage.head) // budget
+    wanted[:, : passage.opening] = float("-inf")
+    pairs = wire.slots.layout.heads * (len(passage.ids) - passage.opening) // budget
     kept = torch.zeros(wanted.shape, dtype=torch.bool)
     kept.view(-1)[wanted.flatten().topk(pairs).indices] = True
-    kept[:, : passage.head] = True
+    kept[:, : passage.opening] = True
     return kept
 
 
@@ -136,7 +136,7 @@ def cram(wire: slots.Wire, taught: list[Passage], rate: float | None) -> slots.M
     chosen = model.choose(taught, counts)
     with torch.no_grad():
         latents = [nn.Parameter(part) for part in model.latents(taught, chosen)]
-    heads, at = [wire.head_rows[: passage.head] for passage in taught], [choice.at for choice in chosen]
+    openings, at = [wire.opening_rows[: passage.opening] for passage in taught], [choice.at for choice in chosen]
     lengths = [len(passage.ids) for passage in taught]
     asked = [i for i, passage in enumerate(taught) for _ in passage.tails]
     targets = sum(len(answer) for passage in taught for answer in passage.answers)
@@ -144,12 +144,12 @@ def cram(wire: slots.Wire, taught: list[Passage], rate: float | None) -> slots.M
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, 2 * (STEPS - step) / STEPS)
-        memory = model.memory(heads, latents, at, lengths)
+        memory = model.memory(openings, latents, at, lengths)
         (nll_behind(model.layout, memory.of(asked), taught) / targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        return model.memory(heads, latents, at, lengths)
+        return model.memory(openings, latents, at, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -237,6 +237,6 @@ def test_ceilings():
 
     (chosen,) = wire.slots.choose([learned], [slots.LATENTS])
     start = wire.slots.memory(
-        [wire.head_rows], wire.slots.latents([learned], [chosen]), [chosen.at], [len(learned.ids)]
+        [wire.opening_rows], wire.slots.latents([learned], [chosen]), [chosen.at], [len(learned.ids)]
     )
     assert nll(run_ceilings.cram(wire, [learned], None)) < 0.5 * nll(start)
