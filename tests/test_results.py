@@ -146,12 +146,15 @@ def test_benchmarks_say_how_they_were_made():
 
 
 def test_the_benchmark_runs_to_the_end():
-    """And on this machine, right now, the operator as the stages use it is not slower than the naive equation."""
+    """And on this machine, right now, the operator as the stages use it is not slower than the naive equation.
+
+    Compared are the fastest fifths, which other work on the machine disturbs least.
+    """
     done = subprocess.run([sys.executable, "kernels/bench.py", "--smoke"], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     bench = collect(done.stdout.split("\n"))
     assert not bench["failed"]
-    times = {(row["what"], row["column"]): row["p50_us"] for row in bench["operator"]}
+    times = {(row["what"], row["column"]): row["p20_us"] for row in bench["operator"]}
     assert times["x, ours by ids", "ours"] < times["x, ours by ids", "naive"]
     assert all(row["error"] < 1e-5 for row in bench["operator"] if "error" in row)
     assert {row["part"] for row in bench["codebook"]} == {"scores", "softmax", "values and RMS", "all", "attention"}
