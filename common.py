@@ -6,7 +6,8 @@ the rest, which no stage is about: arguments, loading and checking models, data 
 A *reader* is a frozen LLM that answers questions about a passage. A *prompt* is passage and question. A *wire* turns a
 prompt into a *message* of bytes and a message into the embeddings that the LLM reads in place of the prompt.
 
-Letters: N tokens, B batch, T padded length, L tokens of a prompt, V vocabulary, d LLM embedding width, k code width.
+Letters: B batch, T padded length, N padded length in bytes, L tokens of a prompt, V vocabulary, d LLM embedding width,
+k code width.
 """
 
 import functools

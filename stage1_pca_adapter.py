@@ -17,12 +17,12 @@ This compresses *dimensions* (192 -> 24), not bytes: 24 float16 numbers a token 
 end says so. Bytes are stage 3's subject.
 
     python stage1_pca_adapter.py                                      # the embedded reader; README has time and score
-    python stage1_pca_adapter.py --model tiny-qwen --code-dim 10 --adapter linear
+    python stage1_pca_adapter.py --model tiny-qwen --code-dim 10 --adapter linear --steps 200 --llm-steps 200
     python stage1_pca_adapter.py --eval-only tiny/wires/stage1        # the shipped wire
     python stage1_pca_adapter.py --model llama-7b --data squad --code-dim 512 --micro-batch-size 4       # one GPU
 
 Letters: B batch, T padded length, L tokens of a prompt, U different tokens of a batch, V vocabulary, d LLM embedding
-width, k code width.
+width, k code width. In an adapter, N codes that are decoded together, n tokens that they blend.
 """
 
 import plumbing.early  # noqa: F401
@@ -62,7 +62,7 @@ from plumbing.launch import UserError, launch, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share, rank, world_size
 from plumbing.report import finish
-from plumbing.training import Run, identity, micro_batches
+from plumbing.training import Run, micro_batches, must_match
 from plumbing.wires import MODULE, Contents, load_module, load_wire, open_out
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class Adapter(nn.Module):
         if kind == "codebook":
             self.table = reader.values  # the LLM's own: not saved with the wire
             self.keys = nn.Parameter(codes / code_scale)  # [V,k]
-            # with unit variance a dimension, two tokens are 2k apart on average; 20 / k was too soft to read at first
+            # with unit variance a dimension, the squared distance of two tokens is 2k on average
             self.log_sharpness = nn.Parameter(torch.tensor(math.log(100 / k)))
         else:
             table_rms = (frequency @ reader.table.square()).mean().sqrt()
@@ -339,14 +339,17 @@ def main() -> None:
     explained = saved.config["controls"]["explained_variance"] if saved else pca.explained
     out = open_out(args)
     print(f"codes: k {k} of d {d} ({d / k:.3g}x fewer)")
-    print(f"adapter {args.adapter}: {sum(p.numel() for p in adapter.parameters()):,} trained parameters", flush=True)
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(parameter.ndim == 2)  # Muon takes matrices alone: biases stay as they start
+    matrices = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    print(f"adapter {args.adapter}: {sum(p.numel() for p in matrices):,} trained parameters", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # training
-    # Muon, for matrices, leaves half the error of Adam; biases stay as they are
-    matrices = [p for p in adapter.parameters() if p.ndim == 2]
+    # Muon leaves half the error of Adam
     optimizer = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    modules, fits = {"adapter": adapter}, identity(args, reader.fingerprint)  # a checkpoint must fit this run
+    modules = {"adapter": adapter}
+    fits = must_match(args, reader.fingerprint)  # a checkpoint must fit this run
     run = Run(args, out, modules, optimizer, fits, show=lambda: show_samples(wire, data))
     generator = torch.Generator(device)
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to

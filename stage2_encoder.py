@@ -61,7 +61,7 @@ from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.spelling import odd_text, prefix_ids, spells, token_ends, words_of
-from plumbing.training import Run, identity, micro_batches
+from plumbing.training import Run, micro_batches, must_match
 from plumbing.wires import MODULE, Contents, SavedWire, check_shapes, load_module, load_wire, open_out
 from stage1_pca_adapter import ADAPTERS, Adapter
 from stage1_pca_adapter import WIRE as STAGE1_WIRE
@@ -87,7 +87,7 @@ PRIME = (1 << 31) - 1  # of the hash
 TABLE_RATE = 60  # times the learning rate: a row of the tables takes part in few steps
 LETTER, LONGEST = 32, 16  # numbers for a byte of a token; bytes of a token that its code depends on
 REACH = LAYERS * (KERNEL // 2) + max(GRAMS) - 1  # bytes that a byte sees before it; fewer behind it
-ODD = 3  # odd texts beside each prompt: names that no prompt of the training has are made of tokens that few have
+ODD = 3  # odd texts (`odd_text`) beside each prompt: they hold the rare tokens of which unknown names are made
 WEIGHTS = {"end": 10, "mse": 1, "token": 1, "ce": 1}  # of the losses; a wrong end costs a token on each side of it
 ABLATIONS = ("code-target",)  # the codes learn from the answers alone, through the LLM
 WIRE = Contents(  # what is saved; anything else is refused
@@ -117,10 +117,11 @@ def parse_arguments():
 class Encoder(nn.Module):
     """Residual convolutions find where tokens end; a network reads the code of a token from its own bytes alone.
 
-    Byte 256 is padding: neither depends on it. Beside its own embedding, a byte has those of the 2, 3, ... bytes that
-    end with it, looked up by a hash (Pagnoni et al. 2024, Byte Latent Transformer). Where a token ends depends on which
-    strings the tokenizer knows, and a table remembers them better than convolutions do: five of these without tables,
-    instead of three with them, leave four times as many wrong ends in more time.
+    Byte 256 is padding: how much of it stands behind a text changes neither its ends nor its codes. Beside its own
+    embedding, a byte has those of the 2, 3, ... bytes that end with it, looked up by a hash (Pagnoni et al. 2024, Byte
+    Latent Transformer). Where a token ends depends on which strings the tokenizer knows, and a table remembers them
+    better than convolutions do: five of these without tables, instead of three with them, leave four times as many
+    wrong ends in more time.
     """
 
     def __init__(self, k: int):
@@ -311,7 +312,7 @@ def code_losses(wire: Wire, z: Tensor, target: Tensor, ids: Tensor) -> tuple[Ten
     if wire.adapter.kind != "codebook":
         return mse, torch.zeros_like(mse)
     keys = wire.adapter.keys
-    # the codebook's softmax is nearly one-hot and has almost no gradient at first; this one is softer
+    # the scores of a codebook whose sharpness is 4, for every token of the vocabulary
     logits = -2.0 * (keys.square().sum(1) - 2 * z @ keys.T)  # [U,V]
     return mse, F.cross_entropy(logits, ids, reduction="none")
 
@@ -429,7 +430,7 @@ def main() -> None:
     others = [p for name, p in encoder.named_parameters() if not name.startswith("grams.")]
     groups = [{"params": others}, {"params": tables}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, weight_decay=0.0)
-    fits = identity(args, reader.fingerprint, below.sha256)  # a checkpoint must fit this run
+    fits = must_match(args, reader.fingerprint, below.sha256)  # a checkpoint must fit this run
     run = Run(args, out, {"encoder": encoder}, optimizer, fits, show=lambda: show_samples(wire, data))
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
         # warm-up over 5% of the steps, then linearly to zero

@@ -49,12 +49,12 @@ from plumbing.launch import UserError, launch, pick_device, pick_dtype, set_up
 from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.spelling import learn_pieces, odd_text, tokenize, words_of
-from plumbing.training import Run, identity, micro_batches
+from plumbing.training import Run, micro_batches, must_match
 from plumbing.wires import Contents, SavedWire, check_shapes, load_wire, open_out
 from stage3 import slots
 from stage3.evaluation import measure, message_rows
 from stage3.message import CARRIES, MAX_TEXT, split_question, with_question
-from stage3.sender import CONTEXT, MEMBERS, ORDERS, SLOTS, History, Pieces, Sender
+from stage3.sender import CONTEXT, MEMBERS, ORDERS, SEES, History, Pieces, Sender
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration: lower case are flags (--help), upper case are fixed
@@ -65,7 +65,7 @@ CONFIG = dict(
     data="tiny",  # questions about invented passages; or squad, or a file
     corpus=[],  # other texts that the sender learns: a third of each step
     steps=16000,  # half an hour with one thread, evaluation included
-    batch_size=16,  # texts a step, one of them odd
+    batch_size=16,  # texts a step, one of them odd: words joined at random, letters or case changed
     lr=2e-3,  # peak
 )
 FIXED_BY_WIRE = ("data", "corpus")  # --eval-only reads these from the wire
@@ -76,7 +76,8 @@ PIECES, PIECE_TEXTS = 8192, 8_000  # V; texts that they are learned from
 LONGEST = 4000  # characters of a text that is learned
 WIDTH, HIDDEN = 96, 384  # of an index's embedding; of the predictor's only hidden layer
 OTHER = {"metrics": {"model": TEXT, "*": ANYTHING}, "controls": ANYTHING}  # the results of one more receiver
-WIRE = Contents(  # what is saved; anything else is refused. o: groups, and what copies and what was seen add
+# what is saved; anything else is refused. u: V + 1; W, H: WIDTH, HIDDEN; S: SEES * W; o: outputs of `group`
+WIRE = Contents(
     config={"corpus": Many(TEXT), "wire_carries": one_of(*CARRIES), "others": Many(OTHER)},
     tensors={
         "pieces.lengths": "V uint8", "pieces.spelled": "n uint8", "predictor.embedding.weight": "u W int16",
@@ -128,13 +129,13 @@ class Predictor(nn.Module):
         self.nothing, self.groups = vocabulary, vocabulary // MEMBERS
         self.embedding = nn.Embedding(vocabulary + 1, WIDTH)
         nn.init.normal_(self.embedding.weight, std=0.3)
-        self.hidden = nn.Linear(SLOTS * WIDTH, HIDDEN)
+        self.hidden = nn.Linear(SEES * WIDTH, HIDDEN)
         # the groups; what each of the copies adds to its group, and to itself there; what having been seen adds
         self.group = nn.Linear(HIDDEN, self.groups + 2 * len(ORDERS) + 1)
         self.members = nn.Linear(HIDDEN, vocabulary)
 
     def forward(self, sees: Tensor, seen: Tensor, targets: Tensor) -> Tensor:
-        """sees [n,SLOTS] of `History`, seen [n,MEMBERS] of the target's group, targets [n]. Returns NLL [n] in nats."""
+        """sees [n,SEES] of `History`, seen [n,MEMBERS] of the target's group, targets [n]. Returns NLL [n] in nats."""
         h = F.relu(self.hidden(self.embedding(sees).flatten(1)))
         groups, to_group, to_member, to_seen = self.group(h).split([self.groups, *2 * [len(ORDERS)], 1], 1)
         copies = sees[:, CONTEXT:]
@@ -161,7 +162,8 @@ class Predictor(nn.Module):
 
 
 def features(indices: list[int], nothing: int) -> tuple[np.ndarray, np.ndarray]:
-    """(sees [M,SLOTS], seen [M,MEMBERS] of the group of the index that comes) in front of each of M indices."""
+    """What is known before each of M indices: sees [M,SEES] of `History`; seen [M,MEMBERS], 1 for each piece of the
+    index's own group that the message has already."""
     history, sees = History(nothing), []
     first = {}
     seen = np.zeros((len(indices), MEMBERS), np.float32)
@@ -222,7 +224,7 @@ def arrived(sender: Sender, reader: Reader, message: bytes, question: str | None
 def load_sender(wire: SavedWire) -> Sender:
     """The sender of a trained wire. Raises UserError for tensors that do not fit together."""
     V = len(wire.tensors["pieces.lengths"])
-    sizes = dict(V=V, u=V + 1, W=WIDTH, H=HIDDEN, S=SLOTS * WIDTH, o=V // MEMBERS + 2 * len(ORDERS) + 1, E=1024)
+    sizes = dict(V=V, u=V + 1, W=WIDTH, H=HIDDEN, S=SEES * WIDTH, o=V // MEMBERS + 2 * len(ORDERS) + 1, E=1024)
     check_shapes(wire.name, wire.tensors, WIRE.tensors, **sizes)
     if V % MEMBERS:
         raise UserError(f"{wire.name}: {V} pieces do not make groups of {MEMBERS}")
@@ -392,7 +394,7 @@ def main() -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # training
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    run = Run(args, out, {"predictor": predictor}, optimizer, identity(args, readers[0].fingerprint))
+    run = Run(args, out, {"predictor": predictor}, optimizer, must_match(args, readers[0].fingerprint))
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
         # warm-up over 5% of the steps, then linearly to zero
         warmth = min(1.0, (step + 1) / (0.05 * args.steps), (args.steps - step) / (0.95 * args.steps))

@@ -70,19 +70,19 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, json.loads(text)
 
 
-def load_checkpoint(path: Path, identity: dict) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, state) of an interrupted run with this identity: what its result depends on. Raises UserError."""
+def load_checkpoint(path: Path, must_match: dict) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, state) of an interrupted run with the same flags, LLM and wires (`must_match`). Raises UserError."""
     if not path.exists():
         raise UserError(f"--resume: {path} does not exist; start without --resume")
     try:
         tensors, state = read_checkpoint(path)
-        saved = state.pop("identity")
+        saved = state.pop("must_match")
     except Exception as error:
         reason = str(error) if type(error) is ValueError else type(error).__name__
         raise UserError(f"--resume: {path} is not a whole checkpoint ({reason}); start without --resume") from None
-    if saved.keys() != identity.keys():
+    if saved.keys() != must_match.keys():
         raise UserError(f"--resume: {path} was made by another stage, or another version of it; start without --resume")
-    for name, value in identity.items():
+    for name, value in must_match.items():
         if saved[name] != value:
             raise UserError(f"--resume: {path} was made with {name} {saved[name]}, and this run has {value}")
     return tensors, state

@@ -132,8 +132,9 @@ def adapt_flops(codes, weight, bias, target, ids=None, *args, **kwargs) -> int:
 def steps_of(stage1: ModuleType, wire, batch: Batch) -> dict:
     """{name: step()}, each a forward and a backward pass over the batch.
 
-    "wire" is stage 1's step, optimiser included. "LLM alone" is the same LLM on its own embeddings, with no wire.
-    "plain" is the obvious way to write the wire: every token through the adapter, logits at every position.
+    "wire" is a step of stage 1 through the LLM (--llm-steps), with AdamW's update. "LLM alone" is the same LLM on its
+    own embeddings, with no wire. "plain" is the obvious way to write the wire: every token through the adapter, logits
+    at every position.
     """
     reader, adapter = wire.reader, wire.adapter
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)

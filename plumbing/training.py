@@ -29,7 +29,7 @@ def micro_batches(rows: Sequence, size: int) -> list:
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
-def identity(args: argparse.Namespace, fingerprint: str, below: str | None = None) -> dict:
+def must_match(args: argparse.Namespace, fingerprint: str, below: str | None = None) -> dict:
     """What must be equal for a checkpoint to fit a run: flags, LLM, and the sha256 of the wires it starts from."""
     flags = {key: value for key, value in saved_arguments(args).items() if key not in MAY_CHANGE}
     flags = {"--" + key.replace("_", "-"): value for key, value in flags.items()}
@@ -48,15 +48,15 @@ class Run:
 
     def __init__(
         self, args: argparse.Namespace, out: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
-        identity: dict, show: Callable[[], None] = lambda: None,
+        must_match: dict, show: Callable[[], None] = lambda: None,
     ):  # fmt: skip
-        """modules: what is trained, by name; identity: see above; show: called after every checkpoint."""
+        """modules: what is trained, by name; must_match: see above; show: called after every checkpoint."""
         self.args, self.out, self.modules, self.optimizer = args, out, modules, optimizer
-        self.identity, self.show, self.path = identity, show, out / CHECKPOINT
+        self.must_match, self.show, self.path = must_match, show, out / CHECKPOINT
         self.total = 0 if args.eval_only else args.steps
         self.state = {"step": 0, "seconds": 0.0, "history": [], "norms": [], "skipped": 0, "in_a_row": 0}
         if args.resume:
-            tensors, self.state = load_checkpoint(self.path, identity)
+            tensors, self.state = load_checkpoint(self.path, must_match)
             restore(tensors, modules, optimizer)
             print(f"resumed at step {self.state['step']}", flush=True)
         elif not rank():
@@ -142,10 +142,6 @@ class Run:
             )
         return False
 
-    def forget_norms(self) -> None:
-        """Forget the usual norm of the gradient: the loss has changed, and the norm with it."""
-        self.state["norms"] = []
-
     def log(self) -> None:
         """A row of metrics.jsonl at every step; a line on stdout 20 times a run, and after 30 seconds of silence."""
         step, last = self.state["step"], self.state["step"] in (1, self.total)
@@ -178,7 +174,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, and end the run if a signal asked for it."""
-        save_checkpoint(self.path, self.modules, self.optimizer, self.state | {"identity": self.identity})
+        save_checkpoint(self.path, self.modules, self.optimizer, self.state | {"must_match": self.must_match})
         self.saved_step, self.saved_at = self.state["step"], time.monotonic()
         if self.ending == signal.SIGINT:
             raise KeyboardInterrupt

@@ -90,7 +90,7 @@ def measure(reader: Reader, tokens: int, count: int, repeats: int) -> dict[str, 
     """Seconds of each way: once for a context, for the first token of an answer, and for each further token."""
     slots = Slots(reader).to(reader.device)
     ids = torch.randint(len(reader.table), (tokens,), generator=torch.Generator().manual_seed(0))
-    passage = SimpleNamespace(ids=ids.tolist(), head=0)
+    passage = SimpleNamespace(ids=ids.tolist(), opening=0)
     nothing = torch.zeros(0, slots.layout.n, device=reader.device)
 
     def read_text():

@@ -74,7 +74,7 @@ def measure(model: str, examples: int, squad: str | None) -> dict:
     reader = load_reader(model, torch.device("cpu"), torch.float32)
     found = {"model": model, "fingerprint": reader.fingerprint, "versions": versions(), "commit": commit()}
     found |= {
-        "command": "python results/run_readers.py",
+        "command": " ".join(["python results/run_readers.py", *sys.argv[1:]]),
         "parameters": sum(p.numel() for p in reader.model.parameters()),
     }
     found |= {"vocabulary": len(reader.table), "layers": reader.model.config.num_hidden_layers, "scores": {}}

@@ -1,1 +1,1 @@
-"""Modules of stage 3 that are not its story: the message, who can read one, and the direct receiver."""
+"""Modules of stage 3: the message and its coder, the sender, slots and the cache they are put into, what both keep."""

@@ -39,7 +39,7 @@ class Passage:
         ids = tokenize(reader, whole[:end])
         split = min(shared(ids, prompt.ids) for prompt in prompts)
         self.ids = ids[:split]
-        self.head = shared(self.ids, head_ids(reader))  # tokens before the context; they always stay
+        self.opening = shared(self.ids, opening_ids(reader))  # tokens before the context; they always stay
         self.tails = [prompt.ids[split:] for prompt in prompts]
         golds = [row["answers"][0] if "answers" in row else None for row in rows]
         pairs = zip(prompts, golds, strict=True)
@@ -47,10 +47,10 @@ class Passage:
 
     def count(self, rate: float) -> int:
         """Slots for the context at so many tokens a slot."""
-        return math.ceil((len(self.ids) - self.head) / rate)
+        return math.ceil((len(self.ids) - self.opening) / rate)
 
 
-def head_ids(reader: Reader) -> list[int]:
+def opening_ids(reader: Reader) -> list[int]:
     """The tokens in front of every context: a start token, a chat's instruction, or none."""
     whole = as_prompt(reader, PROMPT.format(context="", question="?"))
     return tokenize(reader, whole[: whole.rindex("\nQuestion: ?")])

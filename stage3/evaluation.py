@@ -174,7 +174,7 @@ def measure_slots(wire, start, data: Data, batch_size: int, rates: tuple[float, 
     answers = through(wire, messages)
     counts = [wire.latents_in(message) for message in messages]
     pairs = zip(passages, counts, strict=True)
-    positions = [passage.head + count + len(passage.tails[0]) for passage, count in pairs]
+    positions = [passage.opening + count + len(passage.tails[0]) for passage, count in pairs]
     metrics, records = beside_text(reader, rows, prompts, positions, answers, batch_size)
     metrics["wire_bytes"] = sum(map(len, messages)) / len(rows)
 
@@ -191,7 +191,7 @@ def measure_slots(wire, start, data: Data, batch_size: int, rates: tuple[float, 
     selected = answers_to(layout, passages, passages, start.selected, batch_size)
     controls = {
         "slots": sum(counts) / len(counts),
-        "context_tokens": sum(len(passage.ids) - passage.head for passage in passages) / len(passages),
+        "context_tokens": sum(len(passage.ids) - passage.opening for passage in passages) / len(passages),
         "selection_f1": score(selected, rows)[0],
         "start_f1": f1_of(start),
         "rates": {f"{rate:g}": f1_of(wire.at_rate(rate)) for rate in rates},

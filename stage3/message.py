@@ -17,8 +17,8 @@ from plumbing.launch import UserError
 LEAST, WHOLE = 1 << 40, 1 << 48  # the width of an interval, in units of the last byte, lies between them
 
 
-def to_bytes(intervals: Iterable[tuple[int, int, int]]) -> bytes:
-    """The shortest bytes that name the interval [start, end) of a total, for each of a list of them."""
+def encode(intervals: Iterable[tuple[int, int, int]]) -> bytes:
+    """The shortest bytes from which a `Decoder` reads these intervals: each is [start, end) of a total."""
     low, width, size = 0, WHOLE, 6  # the interval so far is [low, low + width) of 256^size
     for start, end, total in intervals:
         width //= total
@@ -33,7 +33,7 @@ def to_bytes(intervals: Iterable[tuple[int, int, int]]) -> bytes:
     return data[: max(size - 8, len(data.rstrip(b"\0")))]  # a reader refuses more than 16 bytes beyond the end
 
 
-class FromBytes:
+class Decoder:
     """The intervals again, one by one. Beyond its end a message is zeros."""
 
     def __init__(self, data: bytes):

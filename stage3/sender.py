@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from plumbing.launch import UserError
-from stage3.message import MAX_TEXT, FromBytes, Message, broken, deflate, inflate, pack, to_bytes, unpack
+from stage3.message import MAX_TEXT, Decoder, Message, broken, deflate, encode, inflate, pack, unpack
 
 CONTEXT, ORDERS = 8, (4, 2, 1)  # indices that the predictor sees; how many must match for it to see what followed
-SLOTS = CONTEXT + len(ORDERS)
+SEES = CONTEXT + len(ORDERS)
 MEMBERS = 64  # pieces of a group
 MAX_LATENTS = 1 << 14  # of a message: a receiver needs a second for them. A text with more is deflated
 
@@ -50,13 +50,13 @@ class IntegerPredictor:
     ONE = 1 << 12
 
     def __init__(self, tensors: dict[str, np.ndarray]):
-        """tensors: embedding.weight [V+1,W], hidden.weight [H,SLOTS*W], group.weight [groups+7,H], ..., in int16."""
+        """tensors: embedding.weight [V+1,W], hidden.weight [H,SEES*W], group.weight [groups+7,H], ..., in int16."""
         whole = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
         H = len(tensors["hidden.bias"])
-        self.embedding, first = whole["embedding.weight"], whole["hidden.weight"].reshape(H, SLOTS, -1)
-        self.first = first.transpose(1, 0, 2).reshape(SLOTS * H, -1)
+        self.embedding, first = whole["embedding.weight"], whole["hidden.weight"].reshape(H, SEES, -1)
+        self.first = first.transpose(1, 0, 2).reshape(SEES * H, -1)
         # what an index adds to the hidden layer in each place: made when it first occurs, for a message has few of them
-        self.table = np.zeros((len(self.embedding), SLOTS, H), np.int32)
+        self.table = np.zeros((len(self.embedding), SEES, H), np.int32)
         self.made = [False] * len(self.table)
         self.hidden_bias = tensors["hidden.bias"].astype(np.int32)
         self.group, self.group_bias = whole["group.weight"], whole["group.bias"] * self.ONE
@@ -65,7 +65,7 @@ class IntegerPredictor:
         self.groups, self.exponential = len(self.members), tensors["exponential"].astype(np.int64)
         if not 1 <= self.exponential.min() <= self.exponential.max() == self.exponential[0] <= 2**24:
             raise UserError("the wire's predictor.exponential is not a table of exp: it cannot send")
-        self.slots = np.arange(SLOTS)
+        self.places = np.arange(SEES)
 
     def ends(self, logits: np.ndarray) -> np.ndarray:
         """Cumulative frequencies, each at least 1, of logits in units of 2^-24 that a softmax would take."""
@@ -73,25 +73,25 @@ class IntegerPredictor:
         return self.exponential.take(steps, mode="clip").cumsum()
 
     def walk(self, sees: list[int], seen: np.ndarray) -> Iterator[np.ndarray]:
-        """Cumulative frequencies of the groups [groups]; sent the one that comes, those of its members [MEMBERS].
+        """Yields cumulative frequencies of the groups [groups]; when it is sent one, those of its members [MEMBERS].
 
         sees: of `History`. seen: [groups, MEMBERS] 1 where a piece is in the message already.
         """
         for index in sees:
             if not self.made[index]:
                 rows = np.rint(self.first @ self.embedding[index] / self.ONE)
-                self.table[index], self.made[index] = rows.reshape(SLOTS, -1), True
-        y = self.table[sees, self.slots].sum(0) + self.hidden_bias
+                self.table[index], self.made[index] = rows.reshape(SEES, -1), True
+        y = self.table[sees, self.places].sum(0) + self.hidden_bias
         h = y.clip(0, 1 << 22).astype(np.float64)
-        heads = self.group @ h + self.group_bias
-        groups, copies = heads[: self.groups], [divmod(index, MEMBERS) for index in sees[CONTEXT:]]
-        heads = heads[self.groups :].tolist()  # what copies add to a group, to a piece; and what was seen
-        for (group, _), more in zip(copies, heads, strict=False):
+        logits = self.group @ h + self.group_bias
+        groups, copies = logits[: self.groups], [divmod(index, MEMBERS) for index in sees[CONTEXT:]]
+        extra = logits[self.groups :].tolist()  # what copies add to a group, to a piece; and what was seen
+        for (group, _), more in zip(copies, extra, strict=False):
             if group < self.groups:
                 groups[group] += more
         group = yield self.ends(groups)
-        logits = self.members[group] @ h + self.members_bias[group] + heads[-1] * seen[group]
-        for (other, member), more in zip(copies, heads[len(ORDERS) :], strict=False):
+        logits = self.members[group] @ h + self.members_bias[group] + extra[-1] * seen[group]
+        for (other, member), more in zip(copies, extra[len(ORDERS) :], strict=False):
             if other == group:
                 logits[member] += more
         yield self.ends(logits)
@@ -160,7 +160,7 @@ class Sender(Pieces):
         indices = self.split(raw)
         if not 0 < len(indices) <= MAX_LATENTS:
             return deflated
-        coded = pack(Message(carries, len(indices), to_bytes(self.intervals(indices))), self.fingerprint)
+        coded = pack(Message(carries, len(indices), encode(self.intervals(indices))), self.fingerprint)
         return min(coded, deflated, key=len)
 
     def text(self, data: bytes) -> tuple[str, str]:
@@ -179,7 +179,7 @@ class Sender(Pieces):
         """The bytes that the latents of a message spell."""
         if message.latents > MAX_LATENTS:
             raise broken()
-        bits, parts, size = FromBytes(message.payload), [], 0
+        bits, parts, size = Decoder(message.payload), [], 0
         history, seen = History(len(self.pieces)), np.zeros((self.predictor.groups, MEMBERS))
         for _ in range(message.latents):
             walk = self.predictor.walk(history.sees(), seen)

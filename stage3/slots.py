@@ -48,9 +48,9 @@ from plumbing.launch import ROOT, UserError, set_up
 from plumbing.models import check_fingerprint
 from plumbing.processes import my_share
 from plumbing.report import finish
-from plumbing.training import Run, identity, micro_batches
+from plumbing.training import Run, micro_batches, must_match
 from plumbing.wires import MODULE, Contents, SavedWire, load_module, load_wire, open_out
-from stage3.cache import Layout, Memory, Passage, answers_behind, head_ids, nll_behind, padded
+from stage3.cache import Layout, Memory, Passage, answers_behind, nll_behind, opening_ids, padded
 from stage3.evaluation import measure_slots, slot_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,13 +188,13 @@ class Slots(nn.Module):
         scores = self.seen(passages) @ self.scorer  # [B, T, H]
         scores, chosen = scores.round(decimals=3), []  # so that equals are, on any machine
         for passage, part, count in zip(passages, scores, counts, strict=True):
-            part = part[passage.head : len(passage.ids)]
+            part = part[passage.opening : len(passage.ids)]
             at = best(part.sum(1, keepdim=True), count)[:, 0]
             wanted = torch.zeros_like(part, dtype=torch.bool).scatter(0, best(part, count), True)
             tokens, unwanted = at[:, None].repeat(1, part.shape[1]), ~wanted[at]
             wanted[at] = False
             tokens.T[unwanted.T] = wanted.T.nonzero()[:, 1]  # as many, for each head
-            chosen.append(Choice(passage.head + at, passage.head + tokens))
+            chosen.append(Choice(passage.opening + at, passage.opening + tokens))
         return chosen
 
     def latents(self, passages: list[Passage], chosen: list[Choice]) -> list[Tensor]:
@@ -215,9 +215,9 @@ class Slots(nn.Module):
         slots = [choice.rows(row, owners) for row, choice in zip(rows, chosen, strict=True)]
         return [self.encoder(part / self.scale) for part in slots]
 
-    def memory(self, heads: list[Tensor], latents: list[Tensor], at: list[Tensor], lengths: list[int]) -> Memory:
-        """What the frozen LLM goes on from. heads: [h,n] rows of the tokens before each context; at: [S]."""
-        return stacked(heads, [self.adapter(part) * self.scale for part in latents], at, lengths)
+    def memory(self, openings: list[Tensor], latents: list[Tensor], at: list[Tensor], lengths: list[int]) -> Memory:
+        """What the frozen LLM goes on from. openings: [o,n] rows of the tokens before each context; at: [S]."""
+        return stacked(openings, [self.adapter(part) * self.scale for part in latents], at, lengths)
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -225,11 +225,12 @@ def best(scores: Tensor, count: int) -> Tensor:
     return scores.argsort(dim=0, descending=True, stable=True)[:count].sort(0).values
 
 
-def stacked(heads: list[Tensor], rows: list[Tensor], at: list[Tensor], lengths: list[int]) -> Memory:
-    """Memory of contexts from the rows [S,n] at the positions [S] of each, behind the rows of its head."""
+def stacked(openings: list[Tensor], rows: list[Tensor], at: list[Tensor], lengths: list[int]) -> Memory:
+    """Memory of contexts from the rows [S,n] at the positions [S] of each, behind the rows of its opening."""
     device = rows[0].device
-    rows = [torch.cat(pair) for pair in zip(heads, rows, strict=True)]
-    at = [torch.cat([torch.arange(len(head), device=device), part]) for head, part in zip(heads, at, strict=True)]
+    rows = [torch.cat(pair) for pair in zip(openings, rows, strict=True)]
+    pairs = zip(openings, at, strict=True)
+    at = [torch.cat([torch.arange(len(opening), device=device), part]) for opening, part in pairs]
     padded_rows, places, real = (
         pad_sequence(parts, batch_first=True, padding_side="left")
         for parts in (rows, at, [torch.ones_like(part) for part in at])
@@ -280,7 +281,7 @@ def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> 
         with torch.no_grad():
             rows = chosen[0].rows(slots.rows([passage])[0], slots.layout.owners)
         rows.requires_grad_()
-        memory = stacked([wire.head_rows[: passage.head]], [rows], [chosen[0].at], [len(passage.ids)])
+        memory = stacked([wire.opening_rows[: passage.opening]], [rows], [chosen[0].at], [len(passage.ids)])
         nll_behind(slots.layout, memory.of([0] * len(passage.tails)), [passage]).backward()
         sample.append(rows.detach().cpu())
         squares = squares + rows.grad.square().sum(0)
@@ -309,7 +310,7 @@ def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> 
 
 
 class Wire:
-    """Message: three counts (tokens of the context, of its head, latents), then the positions and the latents.
+    """Message: three counts (tokens of the context, of its opening, latents), then the positions and the latents.
 
     Counts and positions have 32 bits, the numbers of a latent 16.
     """
@@ -318,13 +319,13 @@ class Wire:
         """count: how many latents a passage has, at most."""
         self.slots, self.count, self.reader = slots, count, slots.reader
         # the rows [h,n] of the tokens before every context, as the frozen LLM keeps them: they do not travel
-        self.head_rows = torch.zeros(0, slots.layout.n, device=self.reader.device)
-        ids = torch.tensor([head_ids(self.reader)], dtype=torch.long, device=self.reader.device)
+        self.opening_rows = torch.zeros(0, slots.layout.n, device=self.reader.device)
+        ids = torch.tensor([opening_ids(self.reader)], dtype=torch.long, device=self.reader.device)
         if ids.numel():
             with torch.no_grad():
                 output = self.reader.model(input_ids=ids, past_key_values=hub.DynamicCache(), logits_to_keep=1)
             at = torch.arange(ids.shape[1], device=ids.device)[None]
-            self.head_rows = slots.layout.rows(output.past_key_values, at)[0]
+            self.opening_rows = slots.layout.rows(output.past_key_values, at)[0]
 
     def at_rate(self, rate: float) -> "Wire":
         """The same, with a latent for so many tokens of a context."""
@@ -338,7 +339,7 @@ class Wire:
     def send(self, passage: Passage) -> bytes:
         (chosen,) = self.slots.choose([passage], [self.count(passage)])
         (latents,) = self.slots.latents([passage], [chosen])
-        counts = struct.pack("<3I", len(passage.ids), passage.head, len(chosen.at))
+        counts = struct.pack("<3I", len(passage.ids), passage.opening, len(chosen.at))
         places, numbers = chosen.at.cpu().numpy().astype("<u4"), latents.half().cpu().numpy().astype("<f2")
         return counts + places.tobytes() + numbers.tobytes()
 
@@ -348,21 +349,21 @@ class Wire:
         chosen = self.slots.choose(passages, [self.count(passage) for passage in passages])
         owners, pairs = self.slots.layout.owners, zip(self.slots.rows(passages), chosen, strict=True)
         kept = [choice.rows(row, owners) for row, choice in pairs]
-        heads = [self.head_rows[: passage.head] for passage in passages]
-        return stacked(heads, kept, [choice.at for choice in chosen], [len(passage.ids) for passage in passages])
+        openings = [self.opening_rows[: passage.opening] for passage in passages]
+        return stacked(openings, kept, [choice.at for choice in chosen], [len(passage.ids) for passage in passages])
 
     @torch.no_grad()
     def receive(self, messages: list[bytes]) -> Memory:
-        device, heads, latents, at, lengths = self.reader.device, [], [], [], []
+        device, openings, latents, at, lengths = self.reader.device, [], [], [], []
         for message in messages:
-            length, head, count = struct.unpack_from("<3I", message)
+            length, opening, count = struct.unpack_from("<3I", message)
             places = np.frombuffer(message, "<u4", count, 12).astype(np.int64)
             numbers = np.frombuffer(message, "<f2", count * LATENT_WIDTH, 12 + 4 * count).astype(np.float32)
-            heads.append(self.head_rows[:head])
+            openings.append(self.opening_rows[:opening])
             latents.append(torch.from_numpy(numbers).view(count, LATENT_WIDTH).to(device))
             at.append(torch.from_numpy(places).to(device))
             lengths.append(length)
-        return self.slots.memory(heads, latents, at, lengths)
+        return self.slots.memory(openings, latents, at, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,9 +381,9 @@ def answer_loss(wire: Wire, passages: list[Passage], counts: list[int], targets:
     slots = wire.slots
     chosen = slots.choose(passages, counts)
     latents = slots.latents(passages, chosen)
-    heads = [wire.head_rows[: passage.head] for passage in passages]
+    openings = [wire.opening_rows[: passage.opening] for passage in passages]
     at, lengths = [choice.at for choice in chosen], [len(passage.ids) for passage in passages]
-    memory = slots.memory(heads, latents, at, lengths)
+    memory = slots.memory(openings, latents, at, lengths)
     asked = [i for i, passage in enumerate(passages) for _ in passage.tails]
     return nll_behind(slots.layout, memory.of(asked), passages) / targets
 
@@ -461,7 +462,7 @@ def main() -> None:
     fitted = [*slots.encoder.parameters(), *slots.adapter.parameters(), slots.stays]
     groups = [{"params": [*slots.update.parameters()], "rate": 1.0}, {"params": fitted, "rate": FITTED_RATE}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, weight_decay=0.0)
-    run = Run(args, out, {"slots": slots}, optimizer, identity(args, reader.fingerprint))
+    run = Run(args, out, {"slots": slots}, optimizer, must_match(args, reader.fingerprint))
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
         # warm-up over 2% of the steps, then linearly to zero
         warmth = min(1.0, (step + 1) / (0.02 * args.steps), (args.steps - step) / (0.98 * args.steps))

@@ -352,7 +352,7 @@ def saved_checkpoint(tmp_path):
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, betas=(0.9, 0.98))
     module.weight.sum().backward()
     optimizer.step()
-    state = {"step": 3, "history": [{"loss": 0.1 + 0.2}, {}], "nothing": None, "identity": IDENTITY}
+    state = {"step": 3, "history": [{"loss": 0.1 + 0.2}, {}], "nothing": None, "must_match": IDENTITY}
     save_checkpoint(path, {"adapter": module, "other": torch.nn.Linear(1, 1)}, optimizer, state)
     return path, module, optimizer
 
@@ -394,7 +394,7 @@ def test_a_damaged_checkpoint_is_refused(saved_checkpoint):
         path.write_bytes(data)
         with pytest.raises(UserError, match="is not a whole checkpoint"):
             load_checkpoint(path, IDENTITY)
-    torch.save({"step": 3, "identity": IDENTITY}, path)  # of the kind that can run code when it is loaded
+    torch.save({"step": 3, "must_match": IDENTITY}, path)  # of the kind that can run code when it is loaded
     with pytest.raises(UserError, match="is not a whole checkpoint"):
         load_checkpoint(path, IDENTITY)
 
@@ -406,7 +406,7 @@ def test_a_checkpoint_of_another_stage_or_with_nan_is_refused(saved_checkpoint):
     for number in (float("nan"), float("inf")):
         with torch.no_grad():
             module.weight[1, 1] = number
-        save_checkpoint(path, {"adapter": module}, optimizer, {"identity": IDENTITY})
+        save_checkpoint(path, {"adapter": module}, optimizer, {"must_match": IDENTITY})
         with pytest.raises(UserError, match="is not a whole checkpoint .it holds NaN or infinity."):
             load_checkpoint(path, IDENTITY)
 

@@ -16,7 +16,7 @@ from plumbing import hub
 from plumbing.launch import UserError
 from plumbing.wires import load_wire
 from stage3 import slots
-from stage3.cache import Layout, Memory, Passage, answers_behind, head_ids, logits_behind
+from stage3.cache import Layout, Memory, Passage, answers_behind, logits_behind, opening_ids
 from tiny import world
 
 ROWS = [rows for rows in (world.make_questions("test", 5, i) for i in range(6)) if len(rows) > 1]
@@ -111,15 +111,15 @@ def test_a_chat_template_stands_before_every_context(random_llm):
     reader = load_reader(str(random_llm), CPU, torch.float32)
     reader.tokenizer.chat_template = TEMPLATE
     passage = Passage(reader, ROWS[0])
-    head = head_ids(reader)
-    assert passage.head >= len(head) - 1 > 10  # the joint with the context may be another token
+    opening = opening_ids(reader)
+    assert passage.opening >= len(opening) - 1 > 10  # the joint with the context may be another token
     prompt = make_prompt(reader, ROWS[0][0]["context"], ROWS[0][0]["question"])
     assert passage.ids + passage.tails[0] == prompt.ids
-    assert reader.tokenizer.decode(passage.ids[passage.head :]).strip() == ROWS[0][0]["context"]
+    assert reader.tokenizer.decode(passage.ids[passage.opening :]).strip() == ROWS[0][0]["context"]
     wire = slots.Wire(slots.Slots(reader), lambda passage: 5)
     memory = wire.receive([wire.send(passage)])
-    assert memory.rows.shape[1] == passage.head + 5
-    assert torch.equal(memory.rows[0, : passage.head], wire.head_rows[: passage.head])
+    assert memory.rows.shape[1] == passage.opening + 5
+    assert torch.equal(memory.rows[0, : passage.opening], wire.opening_rows[: passage.opening])
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_the_start_is_the_llm_itself(tiny):
     with torch.no_grad():
         latents = fresh.latents(passages, chosen)
         for passage, choice, latent in zip(passages, chosen, latents, strict=True):
-            everything = torch.arange(passage.head, len(passage.ids))
+            everything = torch.arange(passage.opening, len(passage.ids))
             assert torch.equal(choice.at, everything) and (choice.tokens.T == everything).all()
             rows = prefilled(fresh.layout, passage.ids, everything.tolist()).rows[0] / fresh.scale
             assert (fresh.adapter(latent) - rows).square().mean() < 0.1 * rows.square().mean()
@@ -156,17 +156,17 @@ def test_each_head_keeps_what_it_wants(tiny):
     wire, _ = fitted(tiny, [Passage(tiny, rows) for rows in ROWS])
     passage, layout = Passage(tiny, ROWS[0]), wire.slots.layout
     (choice,) = wire.slots.choose([passage], [9])
-    scores = (wire.slots.seen([passage]) @ wire.slots.scorer)[0, passage.head :].round(decimals=3)  # [tokens, H]
+    scores = (wire.slots.seen([passage]) @ wire.slots.scorer)[0, passage.opening :].round(decimals=3)  # [tokens, H]
 
     def most(scores: torch.Tensor) -> set[int]:  # the first of equals
         return set(sorted(range(len(scores)), key=lambda i: -scores[i].item())[:9])
 
-    assert set((choice.at - passage.head).tolist()) == most(scores.sum(1))
+    assert set((choice.at - passage.opening).tolist()) == most(scores.sum(1))
     differ = 0
     for head in range(layout.heads):
-        wanted, kept = most(scores[:, head]), choice.tokens[:, head] - passage.head
+        wanted, kept = most(scores[:, head]), choice.tokens[:, head] - passage.opening
         assert set(kept.tolist()) == wanted
-        for slot, token in zip((choice.at - passage.head).tolist(), kept.tolist(), strict=True):
+        for slot, token in zip((choice.at - passage.opening).tolist(), kept.tolist(), strict=True):
             assert token == slot or slot not in wanted  # what it wants of the slots' own tokens stays in its slot
             differ += token != slot
     assert differ > layout.heads  # else heads would agree, and nothing was tested
@@ -250,8 +250,8 @@ def test_a_message_does_not_depend_on_the_question(tiny):
 def test_a_short_context_keeps_every_token(tiny):
     passage = Passage(tiny, [{"context": "Ada lives in Paris.", "question": "Where does Ada live?"}])
     message = slots.Wire(slots.Slots(tiny), lambda passage: 32).send(passage)
-    assert struct.unpack_from("<3I", message) == (len(passage.ids), passage.head, len(passage.ids) - passage.head)
-    assert passage.count(1) == len(passage.ids) - passage.head and passage.count(2) == -(-passage.count(1) // 2)
+    assert struct.unpack_from("<3I", message) == (len(passage.ids), passage.opening, len(passage.ids) - passage.opening)
+    assert passage.count(1) == len(passage.ids) - passage.opening and passage.count(2) == -(-passage.count(1) // 2)
 
 
 def test_all_questions_of_a_passage_are_about_it():

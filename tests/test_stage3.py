@@ -19,8 +19,8 @@ import stage3_full as stage3
 from common import PROMPT, load_reader
 from plumbing.launch import UserError
 from plumbing.report import RESULT_KEYS
-from stage3.message import CARRIES, MAX_TEXT, VERSION, FromBytes, broken, deflate, inflate, to_bytes
-from stage3.sender import CONTEXT, MAX_LATENTS, MEMBERS, ORDERS, SLOTS, IntegerPredictor
+from stage3.message import CARRIES, MAX_TEXT, VERSION, Decoder, broken, deflate, encode, inflate
+from stage3.sender import CONTEXT, MAX_LATENTS, MEMBERS, ORDERS, SEES, IntegerPredictor
 from tiny import world
 
 SHIPPED = HERE / stage3.SHIPPED
@@ -44,8 +44,8 @@ def test_the_coder_gives_back_what_it_was_given_at_the_price_of_its_information(
     chosen = [int(rng.choice(50, p=row / row.sum())) for row in frequencies]
     intervals = [(int(row[i - 1]) if i else 0, int(row[i]), int(row[-1])) for row, i in zip(ends, chosen, strict=True)]
     for count in (0, 1, 2, 3, 5, 8, 40, 2000):
-        data = to_bytes(intervals[:count])
-        numbers = FromBytes(data)
+        data = encode(intervals[:count])
+        numbers = Decoder(data)
         assert [numbers.next(row) for row in ends[:count]] == chosen[:count]
         information = sum(np.log2(total / (end - start)) for start, end, total in intervals[:count]) / 8
         assert information <= len(data) + 1 and len(data) <= information * 1.0001 + 1
@@ -53,8 +53,8 @@ def test_the_coder_gives_back_what_it_was_given_at_the_price_of_its_information(
 
 def test_a_message_of_zeros_keeps_what_its_reader_looks_for():
     """Every interval begins at 0. A reader refuses more than 16 bytes beyond the end of a message."""
-    data, ends = to_bytes([(0, 1, 2)] * 300), np.array([1, 2])
-    numbers = FromBytes(data)
+    data, ends = encode([(0, 1, 2)] * 300), np.array([1, 2])
+    numbers = Decoder(data)
     assert [numbers.next(ends) for _ in range(300)] == [0] * 300 and numbers.read <= len(data) + 16
 
 
@@ -153,8 +153,8 @@ def test_the_predictor_in_use_is_the_trained_one():
 def test_sender_and_receiver_see_the_same_history():
     indices, nothing = [5, 6, 7, 5, 6, 7, 5, 6, 8, 5, 6], 2 * MEMBERS
     sees, seen = stage3.features(indices, nothing)
-    assert sees.shape == (11, SLOTS) and len(ORDERS) == 3
-    assert sees[0].tolist() == [nothing] * SLOTS and sees[2].tolist() == [6, 5] + [nothing] * (SLOTS - 2)
+    assert sees.shape == (11, SEES) and len(ORDERS) == 3
+    assert sees[0].tolist() == [nothing] * SEES and sees[2].tolist() == [6, 5] + [nothing] * (SEES - 2)
     assert sees[5, CONTEXT:].tolist() == [nothing, 7, 7] and sees[8, CONTEXT:].tolist() == [7, 7, 7]
     assert seen[3].nonzero()[0].tolist() == [5, 6, 7]
 
