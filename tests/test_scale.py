@@ -105,9 +105,6 @@ def test_random_weights_time_three_ways(shape, monkeypatch):
     everywhere = head * (tokens - 2 * scale.ANSWER) + once * 2 * (scale.LENGTH - scale.ANSWER)
     assert ways["plain"]["flops"] - ways["LLM alone"]["flops"] == everywhere
     assert all(way["seconds"] > 0 and 0 < way["mfu"] for way in ways.values())
-    assert run.result["wire_share"] == pytest.approx(
-        1 - ways["LLM alone"]["seconds"] / ways["wire"]["seconds"], abs=0.5
-    )
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import base64
 import json
 import random
 import re
-import shutil
 import subprocess
 import sys
 import zlib
@@ -376,15 +375,6 @@ def test_wrong_uses_are_one_line(tmp_path, sender, random_llm):
     ):
         run = run_stage(stage3, *flags, "--out", tmp_path / "out")
         assert run.code == 2 and words in run.stderr and run.stderr.count("\n") == 1, (flags, run.stderr)
-
-
-def test_a_tampered_wire_is_refused(tmp_path):
-    wire = shutil.copytree(SHIPPED, tmp_path / "wire")
-    tensors = safetensors.torch.load_file(wire / "wire.safetensors")
-    del tensors["pieces.lengths"]
-    safetensors.torch.save_file(tensors, wire / "wire.safetensors")
-    run = run_stage(stage3, "--send", "x", "--question", "y", "--wire", wire)
-    assert run.code == 2 and "pieces.lengths in wire.safetensors is not there" in run.stderr
 
 
 # --- training and evaluation
