@@ -146,6 +146,7 @@ def test_the_three_ways_learn_alike(shape):
         (("--random-weights", "--data", "squad"), "have no data"),
         (("--dry-run", "--resume"), "have no data"),
         (("--dry-run", "--code-dim", "999"), "above the embedding width"),
+        (("--dry-run", "--model", "~nosuchuser/x"), "no config.json of it"),
     ),
 )
 def test_refusals(shape, flags, message):

@@ -356,6 +356,7 @@ def test_wrong_uses_are_one_line(tmp_path, sender, random_llm):
     (tmp_path / "prompt").write_bytes(sender.send(PASSAGE, "prompt"))
     (tmp_path / "context").write_bytes(sender.send(PASSAGE, "context"))
     (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "latin.json").write_bytes(b'{"data": "caf\xe9"}')
     for flags, words in (
         (("--send", "x", "--receive", "y"), "separate processes"),
         (("--send", "x", "--wire-carries", "prompt"), "needs a --question"),
@@ -371,6 +372,7 @@ def test_wrong_uses_are_one_line(tmp_path, sender, random_llm):
         (("--wire", SHIPPED), "--wire belongs to"),
         (("--question", "What?"), "--question belongs to"),
         (("--corpus", tmp_path / "nothing.txt"), "no such file"),
+        (("--corpus", tmp_path / "latin.json"), "latin.json: not UTF-8"),
         (("--eval-only", SHIPPED, "--corpus", "squad"), "was trained with --corpus"),
     ):
         run = run_stage(stage3, *flags, "--out", tmp_path / "out")
