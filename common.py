@@ -459,7 +459,7 @@ class PCA:
 
 
 def fit_pca(table: Tensor, counts: Tensor) -> PCA:
-    """Exact PCA (all d components) of the embeddings of a corpus, from its token counts: one weighted pass over V rows.
+    """Exact PCA (all d components) of the embeddings of a corpus, from its token counts, in passes over V rows.
 
     table: [V, d]; counts: [V] occurrences in the training split. Equal to the PCA of the [corpus, d] matrix of all its
     embeddings, at a cost that does not grow with the corpus. float64 on the CPU; the sign of a component makes its

@@ -1,4 +1,4 @@
-"""The hot path of every stage as one operator: PCA projection + adapter matmul + RMS-norm matching.
+"""The hot path of stages 1 and 2 as one operator: PCA projection + adapter matmul + RMS-norm matching.
 
 The equation, per token (N tokens, LLM width d, code width k):
 
@@ -35,7 +35,8 @@ Backward, g = dL/dout, s = target_rms / sqrt(mean(y^2) + eps), so y = out / s:
     dL/dy  = s g - slope out,   slope = <g, out> s / (d target_rms^2)                      one kernel, a row at a time
     dz     = dL/dy weight^T,    dweight = z^T dL/dy,    dbias = sum of dL/dy               the library
 
-Nothing of size [N, d] is saved but `out`, which the caller holds anyway. `target_rms` gets no gradient.
+Nothing of size [N, d] is saved but `out`, which the caller holds anyway, and the x of `reconstruct`. `target_rms` gets
+no gradient.
 
 Where it runs: Triton on CUDA (compute capability 8.0 and later; float16, bfloat16, float32), plain torch everywhere
 else (CPU, MPS, float64, Windows and macOS, where triton is not even imported). Products accumulate in float32. The
@@ -197,7 +198,7 @@ if not hasattr(torch.ops.latentwire, "adapt"):  # else this file was imported be
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what the stages call
+# what is called: `project` and `adapt` by the stages, `reconstruct` by tests and the benchmark
 
 
 def _check(**tensors: tuple[Tensor, tuple]) -> None:

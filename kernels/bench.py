@@ -36,10 +36,8 @@ from plumbing.launch import commit, name_of, versions
 from plumbing.report import rounded
 
 WIDTH, CODE_WIDTH, VOCABULARY = 4096, 512, 32000  # a 7B model's
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-}  # linear and mlp run in float32, a codebook in the LLM's
+# linear and mlp run in float32, a codebook in the LLM's
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # timing

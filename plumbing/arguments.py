@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from plumbing.checkpoints import CHECKPOINT
@@ -26,16 +27,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message)} (--help lists the flags)\n")
 
 
-def positive_int(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {limits}, not {text!r}")
+        return int(text)
+
+    return parse
 
 
-def whole_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
-    return int(text)
+positive_int, whole_number, seed_int = whole(1), whole(0), whole(0, 2**32 - 1)
 
 
 def positive_float(text: str) -> float:
@@ -46,12 +48,6 @@ def positive_float(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
     return value
-
-
-def seed_int(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 2**32):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 4294967295, not {text!r}")
-    return int(text)
 
 
 def add_arguments(parser: Parser, stage: str, config: dict) -> None:

@@ -72,8 +72,6 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 def load_checkpoint(path: Path, must_match: dict) -> tuple[dict[str, Tensor], dict]:
     """(tensors, state) of an interrupted run with the same flags, LLM and wires (`must_match`). Raises UserError."""
-    if not path.exists():
-        raise UserError(f"--resume: {path} does not exist; start without --resume")
     try:
         tensors, state = read_checkpoint(path)
         saved = state.pop("must_match")

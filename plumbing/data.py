@@ -47,13 +47,15 @@ SQUAD = {
 }
 
 
+EVERYDAY = Path(world.__file__).with_name("everyday.jsonl")
+
+
 def everyday(count: int) -> list[dict]:
     """The first rows of everyday.jsonl, which was written by hand; no reader was trained on it."""
     return [row for _, row in itertools.islice(read_jsonl(EVERYDAY), count)]
 
 
-# what differs is the test set: (number of rows) -> rows
-EVERYDAY = Path(world.__file__).with_name("everyday.jsonl")
+# name -> its test set, a function of the number of rows; everything else is that of `tiny`
 TINY = {
     "tiny": functools.partial(world.make_examples, "test"),
     "tiny-unseen": functools.partial(world.make_examples, "test", unseen=True),
@@ -134,13 +136,9 @@ def load_data(name: str, reader: Reader, eval_examples: int) -> Data:
     mark_as_read(path.parent)
     if path.suffix.lower() == ".jsonl":
         return split_rows(name, read_jsonl(path), functools.partial(JsonlRows, path), eval_examples)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {name}: not UTF-8 (byte {error.start}); convert it first, e.g. with iconv") from None
     if path.suffix.lower() == ".txt":
-        return text_data(name, text, reader, eval_examples)
-    rows = read_squad(path, text)
+        return text_data(name, read_text(path), reader, eval_examples)
+    rows = read_squad(path)
     return split_rows(name, enumerate(rows), lambda places: [rows[i] for i in places], eval_examples)
 
 
@@ -239,24 +237,31 @@ def halve(reader: Reader, rows: list[dict]) -> list[dict]:
     return halves
 
 
-def read_squad(path: Path, text: str | None = None) -> list[dict]:
+def read_text(path: Path) -> str:
+    """The text of a file, with or without a byte order mark. Raises UserError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert it first, e.g. with iconv") from None
+
+
+def read_squad(path: Path) -> list[dict]:
     """Rows of a SQuAD v1.1 JSON file. Raises UserError if it is malformed or has no answered question."""
-    text = path.read_text(encoding="utf-8") if text is None else text
     rows = []
-    for article in parse(text, SQUAD_LAYOUT, f"--data {path}, read in the SQuAD v1.1 layout")["data"]:
+    for article in parse(read_text(path), SQUAD_LAYOUT, f"{path}, read in the SQuAD v1.1 layout")["data"]:
         for paragraph in article["paragraphs"]:
             for qa in paragraph["qas"]:
                 answers = [answer["text"] for answer in qa.get("answers", [])]
                 if answers:
                     rows.append({"context": paragraph["context"], "question": qa["question"], "answers": answers})
     if not rows:
-        raise UserError(f"--data {path}: no question has an answer, so there is nothing to score against")
+        raise UserError(f"{path}: no question has an answer, so there is nothing to score against")
     return rows
 
 
 def parse_row(path: Path, number: int | str, line: str) -> dict:
     """A row {"context", "question", "answers": [...]} from a line of JSON. Raises UserError with file and line."""
-    row = parse(line, ROW, f"--data {path}: line {number}")
+    row = parse(line, ROW, f"{path}: line {number}")
     return {key: row[key] for key in ("context", "question", "answers")}
 
 
@@ -266,18 +271,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     with open(path, "rb") as file:
         for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             if len(raw) > MAX_LINE:
-                raise UserError(f"--data {path}: line {number} is longer than {MAX_LINE >> 20} MB: no row is")
+                raise UserError(f"{path}: line {number} is longer than {MAX_LINE >> 20} MB: no row is")
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 at = place + error.start
-                raise UserError(f"--data {path}: not UTF-8 (byte {at}); convert it first, e.g. with iconv") from None
+                raise UserError(f"{path}: not UTF-8 (byte {at}); convert it first, e.g. with iconv") from None
             if line.strip():
                 yield place, parse_row(path, number, line)
                 empty = False
             place += len(raw)
     if empty:
-        raise UserError(f"--data {path}: the file is empty")
+        raise UserError(f"{path}: the file is empty")
 
 
 class JsonlRows(Sequence):
@@ -310,10 +315,7 @@ def read_texts(name: str, prompt: str) -> list[str]:
     path = fetch_squad()[0] if name == "squad" else Path(name)
     mark_as_read(path.parent)
     if path.suffix.lower() == ".txt":
-        try:
-            texts = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"--corpus {name}: not UTF-8 (byte {error.start}); convert it first") from None
+        texts = read_text(path).splitlines()
     else:
         rows = [row for _, row in read_jsonl(path)] if path.suffix.lower() == ".jsonl" else read_squad(path)
         texts = [prompt.format(**row) for row in rows]

@@ -1,7 +1,7 @@
 """Every stage imports this first: what must be in order before torch is imported, which takes seconds.
 
-Ctrl-C during the imports ends in one line, too. Where a shell has closed standard input, output or error, its number is
-taken: it would be the next file's, and what a library prints would be written into that file.
+Ctrl-C during the imports ends in one line, too. Where a shell has closed standard input, output or error, os.devnull
+takes its number. Else the next file that is opened would get it, and what a library prints would go into that file.
 """
 
 import os

@@ -147,7 +147,7 @@ def name_of(dtype: torch.dtype) -> str:
 def seed_everything(seed: int, device: torch.device) -> None:
     """Seed every generator. On the CPU, also forbid atomic adds: with them, two threads sum gradients in any order.
 
-    Numbers below 1e-38 become 0 on the CPU: it computes with them, which GELU makes, four times slower.
+    On the CPU, numbers below 1e-38 become 0: GELU makes such numbers, and computing with them is four times slower.
     """
     torch.use_deterministic_algorithms(device.type == "cpu")
     torch.set_flush_denormal(device.type == "cpu")

@@ -16,6 +16,7 @@ import gc
 import json
 import logging
 import math
+import os
 import statistics
 import time
 import weakref
@@ -73,7 +74,7 @@ def config_of(name: str, layers: int | None = None) -> transformers.PretrainedCo
         config = transformers.LlamaConfig(**SHAPES[name])
     else:
         target = MODELS.get(name, name)
-        where = ROOT / target if target.startswith("tiny/") else Path(target).expanduser()
+        where = ROOT / target if target.startswith("tiny/") else Path(os.path.expanduser(target))  # which never fails
         local = where.is_dir()
         try:
             config = transformers.AutoConfig.from_pretrained(where if local else target, local_files_only=local)

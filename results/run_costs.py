@@ -11,7 +11,6 @@ A context is asked QUESTION tokens at a time, and each answer has ANSWER tokens.
   receiver makes keys and values of them, which stay.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -30,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import Reader  # noqa: E402
-from plumbing.arguments import positive_int  # noqa: E402
+from plumbing.arguments import Parser, positive_int  # noqa: E402
 from plumbing.checkpoints import write_atomically  # noqa: E402
 from plumbing.hub import DynamicCache  # noqa: E402
 from plumbing.launch import commit, launch, name_of, versions  # noqa: E402
@@ -128,7 +127,7 @@ def measure(reader: Reader, tokens: int, count: int, repeats: int) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a shape of plumbing/scale.py, or a local directory")
     parser.add_argument("--tokens", type=positive_int, default=1024, help="of the context")
     parser.add_argument("--rate", type=positive_int, default=4, help="tokens of the context for each slot")

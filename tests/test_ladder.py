@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from conftest import HERE, LADDER, QUICK, assert_same_gradients, ladder_flags, run_stage, succeed
 
-import plumbing.report
 import plumbing.training
 from plumbing.data import Data
 from plumbing.report import RESULT_KEYS
@@ -56,12 +55,6 @@ def case(request, random_llm, ladder, tmp_path_factory) -> Case:
         out = tmp_path_factory.mktemp(request.param)
         stdout = succeed(module, *flags, "--out", out).stdout
     return Case(module, flags, ("--smoke",) if name == "stage0" else (), out, stdout)
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    """A third of the time of so short a run is its report.png."""
-    monkeypatch.setattr(plumbing.report, "draw_report", lambda *_: None)
 
 
 def without_times(result: dict) -> dict:

@@ -105,9 +105,6 @@ def test_random_weights_time_three_ways(shape, monkeypatch):
     everywhere = head * (tokens - 2 * scale.ANSWER) + once * 2 * (scale.LENGTH - scale.ANSWER)
     assert ways["plain"]["flops"] - ways["LLM alone"]["flops"] == everywhere
     assert all(way["seconds"] > 0 and 0 < way["mfu"] for way in ways.values())
-    assert run.result["wire_share"] == pytest.approx(
-        1 - ways["LLM alone"]["seconds"] / ways["wire"]["seconds"], abs=0.5
-    )
 
 
 @pytest.mark.slow
@@ -149,6 +146,7 @@ def test_the_three_ways_learn_alike(shape):
         (("--random-weights", "--data", "squad"), "have no data"),
         (("--dry-run", "--resume"), "have no data"),
         (("--dry-run", "--code-dim", "999"), "above the embedding width"),
+        (("--dry-run", "--model", "~nosuchuser/x"), "no config.json of it"),
     ),
 )
 def test_refusals(shape, flags, message):

@@ -346,11 +346,9 @@ def _other_config(directory: Path):
     return config
 
 
-@pytest.mark.parametrize("target", ["file", "under-file"])
-def test_an_unwritable_out_is_refused(target, random_llm, tmp_path):
+def test_an_out_below_a_file_is_refused(random_llm, tmp_path):
     (tmp_path / "file").write_text("kept")
-    out = tmp_path / "file" if target == "file" else tmp_path / "file" / "below"
-    run = run_stage(stage1, *QUICK, "--model", random_llm, "--out", out)
+    run = run_stage(stage1, *QUICK, "--model", random_llm, "--out", tmp_path / "file" / "below")
     assert run.code == 2 and run.stderr.count("\n") == 1 and "--out" in run.stderr
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -362,12 +360,3 @@ def test_out_of_memory_suggests_smaller_micro_batches(random_llm, tmp_path, monk
     monkeypatch.setattr(stage1, "answer_logits", answer_logits)
     run = run_stage(stage1, *QUICK, "--llm-steps", "1", "--model", random_llm, "--out", tmp_path / "out")
     assert run.code == 2 and "--micro-batch-size" in run.stderr and run.stderr.count("\n") == 1
-
-
-def test_a_full_disk_is_one_line(random_llm, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device", "wire.safetensors")
-
-    monkeypatch.setattr(plumbing.report, "save_wire", full)
-    run = run_stage(stage1, *QUICK, "--model", random_llm, "--out", tmp_path / "out")
-    assert run.code == 2 and "No space left on device" in run.stderr and run.stderr.count("\n") == 1

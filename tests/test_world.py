@@ -85,6 +85,13 @@ def test_training_uses_nothing_that_is_held_out(monkeypatch):
             return speak(fact, form, rng)
 
         monkeypatch.setattr(facts, name, spy)
+    say_two = world.say_two
+
+    def spy_on_pairs(pair, *args):
+        drawn[f"form {pair}"] += 1
+        return say_two(pair, *args)
+
+    monkeypatch.setattr(world, "say_two", spy_on_pairs)
     rng = random.Random(0)
     for _ in range(1500):
         world.make_facts(values.Maker(rng, "train"), False, 6)
@@ -92,7 +99,7 @@ def test_training_uses_nothing_that_is_held_out(monkeypatch):
     drawn.clear()
     for _ in range(500):
         world.make_facts(values.Maker(rng, "test"), True, 6)
-    starred = {"form pseudo_cleft", "form one_who", "form has_as", "form with"}
+    starred = {f"form {form}" for form in "pseudo_cleft one_who has_as with then when".split()}
     assert not training & starred and starred <= set(drawn)
     assert not {f"{kind} {word}" for kind, word in relation_words(True)} & training
     assert {key for key in drawn if not key.startswith("form")} <= {f"{k} {w}" for k, w in relation_words(True)}
@@ -153,16 +160,6 @@ def test_shipped_reader_is_a_small_plain_hugging_face_directory_that_reads(name)
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     rows = world.make_examples("test", 200)
     assert pretrain.answer_exact(model, tokenizer, rows) >= 80  # README has the F1 on 1,000 of them
-
-
-def test_the_readers_differ():
-    readers = [AutoModelForCausalLM.from_pretrained(TINY / name) for name in ("tiny-llama", "tiny-qwen")]
-    llama, qwen = (reader.config for reader in readers)
-    assert llama.model_type != qwen.model_type
-    assert llama.hidden_size != qwen.hidden_size
-    tokenizers = [AutoTokenizer.from_pretrained(TINY / name) for name in ("tiny-llama", "tiny-qwen")]
-    text = "The mayor of Selnor is Raltofa, aged 71."
-    assert tokenizers[0].tokenize(text) != tokenizers[1].tokenize(text)
 
 
 def test_the_reader_is_trained_on_the_prompt_that_the_stages_use():

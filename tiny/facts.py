@@ -273,7 +273,7 @@ PAIR_FORMS = "alone alone alone coordination relative whose *then *when".split()
 
 DATIVES = "give lend send show hand offer promise sell teach bring owe tell".split()
 FRONTED = "date day clock timephrase year town place reason".split()  # additions that can stand in front
-FRESH = 0.6  # of the unseen sentences that can have a form with a star do have one
+STARRED = 0.6  # of the unseen sentences that can have a form with a star are drawn from those alone
 
 
 def forms(listed: list[str], unseen: bool) -> list[str]:
@@ -303,9 +303,9 @@ def say(fact: Fact, unseen: bool, rng: random.Random) -> str:
         "adjective": (ADJECTIVE_FORMS, adjective_sentence),
     }[fact.relation.kind]
     possible = verb_forms(fact, unseen) if fact.relation.kind == "verb" else forms(listed, unseen)
-    fresh = starred(listed, possible)
-    if fresh and rng.random() < FRESH:
-        possible = fresh
+    held_out = starred(listed, possible)
+    if held_out and rng.random() < STARRED:
+        possible = held_out
     return speak(fact, rng.choice(possible), rng)
 
 

@@ -6,8 +6,8 @@ next, ... Three in ten passages are everyday texts instead (scenes.txt). values.
 No name is in two splits. So an answer is read or it is wrong; it cannot be recalled. Passages of three facts or more
 have distractors: another subject with the same relation, and another fact about the same subject.
 
-A fifth of the relations, scenes and forms are held out by a hash. Training never uses them, and the unseen passages use
-nothing else.
+A fifth of the relations and scenes are held out by a hash, and a fifth of the forms by a star (facts.py): training uses
+none of them. Unseen passages have only such relations and scenes, and mostly such forms.
 
     python -m tiny.world --split test --seed 0 --examples 3     # look at some
     python -m tiny.world --unseen                               # held-out relations, forms and scenes
@@ -145,7 +145,7 @@ def tell(maker: Maker, subject: Subject, facts: list[Fact], unseen: bool) -> tup
 
 
 def pair_form(subject: Subject, unseen: bool, rng: random.Random) -> str:
-    """One of PAIR_FORMS. Half of the unseen pairs are held out."""
+    """One of PAIR_FORMS. Half of the unseen pairs are drawn from those with a star alone."""
     if subject.kind in ("building", "place"):
         return "alone"
     possible = forms(PAIR_FORMS, unseen)
@@ -281,7 +281,7 @@ def make_passage(
 ) -> tuple[str, Questions]:
     """A passage of about `facts` facts, or an everyday text, and its questions in random order.
 
-    unseen: only relations, forms and scenes that training never uses. style: one of STYLES; None: mostly "plain".
+    unseen: only relations and scenes that training never uses, and such forms, too. style: one of STYLES, or drawn.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
