@@ -4,8 +4,9 @@
     OMP_NUM_THREADS=1 python results/run_rivals.py    # minutes: PPMd reads 2 MB before each text
     python results/make.py                       # the table in results/README.md
 
-All know what the sender's training knows: prompts of the world, passages and stories of --corpus. Sizes are those of
-the bare output, without a frame; the message has its frame of six bytes. SQuAD paragraphs need --shared.
+Those with a dictionary, and PPMd, know what the sender's training knows: prompts of the world, passages and stories of
+--corpus. Their sizes have no frame (no magic number, no checksum); a message has one of six or seven bytes. SQuAD
+paragraphs need --shared.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from plumbing.data import everyday, read_squad, read_texts  # noqa: E402
 from plumbing.launch import commit, versions  # noqa: E402
 from plumbing.report import rounded  # noqa: E402
 from plumbing.wires import load_wire  # noqa: E402
+from stage3.message import deflate  # noqa: E402
 from stage3.sender import Sender  # noqa: E402
 from stage3_full import SHIPPED, STAGE, WIRE, load_sender  # noqa: E402
 from tiny import world  # noqa: E402
@@ -37,20 +39,20 @@ ZSTD_DICTIONARY = 112_640  # bytes, what zstd's own command line makes
 
 
 def rivals(known: list[bytes]) -> dict[str, Callable[[bytes], int]]:
-    """name -> bytes of a text, for each rival that knows these texts."""
+    """name -> bytes of a text, for each rival; some know these texts."""
     import brotli
     import pyppmd
     import zstandard
 
     start = b"\n".join(known)[:PRIMED]
     dictionary = zstandard.train_dictionary(ZSTD_DICTIONARY, known, level=19)
-    zstd = zstandard.ZstdCompressor(
-        level=19, dict_data=dictionary, write_checksum=False, write_content_size=False, write_dict_id=False
-    )
+    bare = dict(format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_checksum=0, write_content_size=0, write_dict_id=0)
+    parameters = zstandard.ZstdCompressionParameters.from_level(19, **bare)
+    zstd = zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters)
 
-    def zlib_with_dictionary(text: bytes) -> int:
-        deflate = zlib.compressobj(9, zdict=start[-32768:])
-        return len(deflate.compress(text) + deflate.flush())
+    def deflate_with_dictionary(text: bytes) -> int:
+        deflater = zlib.compressobj(9, wbits=-15, zdict=start[-32768:])
+        return len(deflater.compress(text) + deflater.flush())
 
     def ppmd_primed(text: bytes) -> int:
         encoder = pyppmd.Ppmd7Encoder(max_order=6, mem_size=64 << 20)
@@ -60,8 +62,8 @@ def rivals(known: list[bytes]) -> dict[str, Callable[[bytes], int]]:
     encoder = pyppmd.Ppmd7Encoder(max_order=6, mem_size=64 << 20)
     primed = len(encoder.encode(start) + encoder.flush())
     return {
-        "zlib -9": lambda text: len(zlib.compress(text, 9)),
-        "zlib -9, dictionary": zlib_with_dictionary,
+        "deflate -9": lambda text: len(deflate(text)),
+        "deflate -9, dictionary": deflate_with_dictionary,
         "brotli -q 11": lambda text: len(brotli.compress(text, quality=11)),
         "zstd -19, trained dictionary": lambda text: len(zstd.compress(text)),
         "PPMd, primed": ppmd_primed,
