@@ -45,7 +45,7 @@ def stage0(shared: str) -> dict[str, list[str]]:
     runs = {f"tiny-seed{seed}": ["--model", "tiny", "--seed", str(seed)] for seed in (0, 1, 2)}
     runs["tiny-qwen-seed0"] = ["--model", "tiny-qwen", "--seed", "0"]
     for lr in ("3e-4", "3e-3"):  # the default is 1e-3
-        runs[f"tiny-lr{lr}"] = ["--model", "tiny", "--lr", lr]
+        runs[f"tiny-lr{lr}"] = ["--model", "tiny", "--lr", lr, "--eval-examples", "300"]
     return runs
 
 
