@@ -295,7 +295,7 @@ def stage0_causes() -> list[str]:
 def stage0_sweep() -> list[str]:
     columns = {"learning rate": "{arguments[lr]:g}", "steps": "{steps}", "F1": "{f1:.1f}"}
     columns |= {"no context": "{no_context_f1:.1f}", "NLL of the answer": "{nll_wire:.2f}"}
-    columns |= {"different answers": "{unique_answers}"}
+    columns |= {"different answers": "{unique_answers}", "test passages": "{examples:,}"}
     runs = [run for run in STAGE0 if run["model"] == "tiny" and run["seed"] == 0]
     return table(sorted(runs, key=lambda run: (run["steps"], run["arguments"]["lr"])), columns)
 
