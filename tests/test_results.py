@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -188,7 +189,8 @@ def test_costs_say_how_they_were_made():
 
 @pytest.mark.parametrize("flags", (("nosuch", "--dry-run"), ("tiny", "--tokens", "0"), ("tiny", "--rate", "x")))
 def test_bad_input_of_the_costs_is_one_line(flags):
-    done = subprocess.run([sys.executable, "results/run_costs.py", *flags], cwd=HERE, capture_output=True, text=True)
+    command, offline = [sys.executable, "results/run_costs.py", *flags], os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=HERE, env=offline, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert flags[-1 if len(flags) > 2 else 0] in done.stderr
 
