@@ -28,6 +28,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """What parses a whole number between these two."""
+
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
             limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
