@@ -440,7 +440,9 @@ def dry_run(stage1: ModuleType, args, dtype: torch.dtype) -> dict:
         return f"{count / 1e9:.2f} GB"
 
     held, step = shape["held"], {name: way["activations"] for name, way in ways.items()}
-    needs = {name: max(way["training_bytes"], way["evaluation_bytes"]) for name, way in ways.items()}
+    training = {name: way["training_bytes"] for name, way in ways.items()}
+    needs = {name: max(training[name], way["evaluation_bytes"]) for name, way in ways.items()}
+    needs["default"] = shape["evaluation_bytes"]  # a step without the LLM needs less
     fits = {
         name: [card for card, memory in CARDS.items() if need <= USABLE * memory] or ["no single one"]
         for name, need in needs.items()
@@ -452,10 +454,11 @@ def dry_run(stage1: ModuleType, args, dtype: torch.dtype) -> dict:
         ("embedding table", gigabytes(held["embedding table"]), "float32"),
         ("codes and adapters", gigabytes(held["codes and adapters"]), "float32; the trained one, and two controls"),
         ("optimiser", gigabytes(held["optimiser"]), "AdamW, of the adapter alone"),
-        ("activations", gigabytes(step["without"]), f"{rows} x {length} tokens at once, gradients included"),
-        ("", gigabytes(step["with"]), "with --gradient-checkpointing"),
-        ("training", gigabytes(shape["training_bytes"]), f"checkpointing: {gigabytes(ways['with']['training_bytes'])}"),
         ("evaluation", gigabytes(shape["evaluation_bytes"]), f"keys and values of {2 * rows} prompts, identity wire"),
+        ("fits a GPU of", ", ".join(fits["default"]), "no step goes through the LLM, unless --llm-steps asks for it"),
+        ("activations", gigabytes(step["without"]), f"of a step through the LLM: {rows} x {length} tokens at once"),
+        ("", gigabytes(step["with"]), "with --gradient-checkpointing"),
+        ("with --llm-steps", gigabytes(training["without"]), f"checkpointing: {gigabytes(training['with'])}"),
         ("fits a GPU of", ", ".join(fits["without"]), f"checkpointing: {', '.join(fits['with'])}"),
         ("not made", gigabytes(shape["logits_everywhere"]), "float32 logits at every position"),
         ("FLOPs of a micro-batch", f"{shape['flops'] / 1e12:.1f} T", "a third more with checkpointing"),
@@ -465,8 +468,7 @@ def dry_run(stage1: ModuleType, args, dtype: torch.dtype) -> dict:
     shared = {key: value for key, value in shape.items() if key not in ("activations", "training_bytes")}
     return {
         "model": args.model, "adapter": args.adapter, **shared,
-        "activation_bytes": step, "training_bytes": {name: way["training_bytes"] for name, way in ways.items()},
-        "fits": fits,
+        "activation_bytes": step, "training_bytes": training, "fits": fits,
     }  # fmt: skip
 
 

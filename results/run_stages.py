@@ -113,7 +113,7 @@ def scale(shared: str) -> dict[str, list[str]]:
     """Steps of models with random weights, two layers deep and one whole, and dry runs of whole ones."""
     runs = {}
     for model in ("llama-7b", "llama-3.1-8b", "llama-3.1-70b"):
-        for adapter in ("linear", "codebook"):
+        for adapter in ("mlp", "codebook"):
             runs[f"dry-{model}-{adapter}"] = ["--model", model, "--adapter", adapter, "--dry-run"]
     for name, model, layers, rows, steps, more in (
         ("llama-7b-linear", "llama-7b", ["2"], "8", "5", ["--adapter", "linear"]),
