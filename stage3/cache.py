@@ -145,20 +145,24 @@ class Layout:
         parts = [(self.turned(layer.keys, at, back=True), layer.values) for layer in cache.layers]
         return torch.cat([part.transpose(1, 2).flatten(2).float() for pair in parts for part in pair], -1)
 
-    def cache(self, memory: Memory):
-        """A cache of transformers with these rows, from which the frozen LLM reads on. Differentiable."""
+    def cache(self, memory: Memory, of: list[int] | None = None):
+        """A cache of transformers with these rows, from which the frozen LLM reads on. Differentiable.
+
+        of: the contexts that it holds, if they are not all, each once.
+        """
         parts = memory.rows.split([heads * width for heads, width in self.shapes], -1)
         parts = [part.unflatten(-1, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
         cache, dtype = hub.DynamicCache(), self.reader.dtype
         for layer, (keys, values) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
-            cache.update(self.turned(keys, memory.at).to(dtype), values.to(dtype), layer)
+            keys, values = self.turned(keys, memory.at).to(dtype), values.to(dtype)
+            cache.update(*((keys, values) if of is None else (keys[of], values[of])), layer)
         return cache
 
 
-def logits_behind(layout: Layout, memory: Memory, tails: list[list[int]], first: list[int]) -> Tensor:
+def logits_behind(layout: Layout, memory: Memory, of: list[int], tails: list[list[int]], first: list[int]) -> Tensor:
     """[targets,V] float32: what the frozen LLM predicts for the tokens of each tail from its `first` one on.
 
-    Tail i is read behind context i of the memory.
+    Tail i is read behind context of[i] of the memory.
     """
     reader = layout.reader
     ids = pad_sequence([torch.tensor(tail) for tail in tails], batch_first=True)  # [B, T]
@@ -169,18 +173,19 @@ def logits_behind(layout: Layout, memory: Memory, tails: list[list[int]], first:
     real = (place < ends).long().to(reader.device)
     output = reader.model(
         input_ids=ids.to(reader.device),
-        past_key_values=layout.cache(memory),
-        attention_mask=torch.cat([memory.real, real], 1),
-        position_ids=memory.lengths[:, None] + place.to(reader.device),
+        past_key_values=layout.cache(memory, of),
+        attention_mask=torch.cat([memory.real[of], real], 1),
+        position_ids=memory.lengths[of][:, None] + place.to(reader.device),
         logits_to_keep=columns,
     )
     return output.logits[labelled[:, columns].to(reader.device)].float()
 
 
 def nll_behind(layout: Layout, memory: Memory, passages: list[Passage]) -> Tensor:
-    """Sum of the NLL of all answers (scalar, nats); the memory has a context for each of the questions."""
+    """Sum of the NLL of the answers to all questions about the passages (scalar, nats), which the memory holds."""
+    of = [i for i, passage in enumerate(passages) for _ in passage.tails]
     pairs = [pair for passage in passages for pair in zip(passage.tails, passage.answers, strict=True)]
-    logits = logits_behind(layout, memory, [t + a for t, a in pairs], [len(t) for t, _ in pairs])
+    logits = logits_behind(layout, memory, of, [t + a for t, a in pairs], [len(t) for t, _ in pairs])
     labels = torch.tensor([token for _, answer in pairs for token in answer], device=logits.device)
     return F.cross_entropy(logits, labels, reduction="sum")
 

@@ -286,7 +286,7 @@ def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> 
             rows = chosen[0].rows(slots.rows([passage])[0], slots.layout.owners)
         rows.requires_grad_()
         memory = stacked([wire.opening_rows[: passage.opening]], [rows], [chosen[0].at], [len(passage.ids)])
-        nll_behind(slots.layout, memory.of([0] * len(passage.tails)), [passage]).backward()
+        nll_behind(slots.layout, memory, [passage]).backward()
         sample.append(rows.detach().cpu())
         squares = squares + rows.grad.square().sum(0)
     with torch.no_grad():
@@ -388,8 +388,7 @@ def answer_loss(wire: Wire, passages: list[Passage], counts: list[int], targets:
     openings = [wire.opening_rows[: passage.opening] for passage in passages]
     at, lengths = [choice.at for choice in chosen], [len(passage.ids) for passage in passages]
     memory = slots.memory(openings, latents, at, lengths)
-    asked = [i for i, passage in enumerate(passages) for _ in passage.tails]
-    return nll_behind(slots.layout, memory.of(asked), passages) / targets
+    return nll_behind(slots.layout, memory, passages) / targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def test_ceilings():
     learned = Passage(tiny, taught)
 
     def nll(memory) -> float:
-        return nll_behind(layout, memory.of([0] * len(taught)), [learned]).item()
+        return nll_behind(layout, memory, [learned]).item()
 
     (chosen,) = wire.slots.choose([learned], [slots.LATENTS])
     start = wire.slots.memory(

@@ -57,9 +57,7 @@ def test_all_rows_are_the_text(reader):
     memory = prefilled(layout, passage.ids, list(range(len(passage.ids))))
     pairs = list(zip(passage.tails, passage.answers, strict=True))
     with torch.no_grad():
-        found = logits_behind(
-            layout, memory.of([0] * len(pairs)), [t + a for t, a in pairs], [len(t) for t, _ in pairs]
-        )
+        found = logits_behind(layout, memory, [0] * len(pairs), [t + a for t, a in pairs], [len(t) for t, _ in pairs])
         whole = []
         for tail, answer in pairs:
             logits = reader.model(input_ids=torch.tensor([passage.ids + tail + answer])).logits[0]
@@ -79,7 +77,7 @@ def test_a_cache_with_gaps_is_dense_attention_with_hidden_keys(reader):
     hidden = torch.full((len(ids), len(ids)), float("-inf")).triu(1)
     hidden[before:, [i for i in range(before) if i not in kept]] = float("-inf")
     with torch.no_grad():
-        found = logits_behind(layout, prefilled(layout, passage.ids, kept), [tail + answer], [len(tail)])
+        found = logits_behind(layout, prefilled(layout, passage.ids, kept), [0], [tail + answer], [len(tail)])
         dense = reader.model(input_ids=torch.tensor([ids]), attention_mask=hidden[None, None]).logits[0]
     torch.testing.assert_close(found, dense[before + len(tail) - 1 : -1], rtol=1e-4, atol=1e-4)
     text = reader.model(input_ids=torch.tensor([ids])).logits[0, before + len(tail) - 1 : -1]
@@ -197,7 +195,7 @@ def test_heads_with_their_own_tokens_are_dense_attention_with_other_hidden_keys(
     memory = Memory(choice.rows(whole.rows[0], layout.owners)[None], choice.at[None], whole.real[:, :8], whole.lengths)
     ids = torch.tensor([passage.ids + tail + answer])
     with torch.no_grad():
-        found = logits_behind(layout, memory, [tail + answer], [len(tail)])
+        found = logits_behind(layout, memory, [0], [tail + answer], [len(tail)])
         dense = reader.model(input_ids=ids, attention_mask=hidden[None]).logits[0, before + len(tail) - 1 : -1]
         text = reader.model(input_ids=ids).logits[0, before + len(tail) - 1 : -1]
     torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
