@@ -521,9 +521,9 @@ def scale_dry() -> list[str]:
     training, less = (in_units(1e9, "training_bytes", way) for way in ("without", "with"))
     columns = {"model": "{model}", "adapter": "{adapter}", "k": "{k}"}
     columns |= {"trained, M": in_units(1e6, "trained_parameters"), "weights, GB": in_units(1e9, "held", "weights")}
-    columns |= {"evaluation, GB": in_units(1e9, "evaluation_bytes"), "fits a GPU of": "{fits[default][0]}"}
-    columns |= {"with steps through the LLM, GB (checkpointing)": lambda row: f"{training(row)} ({less(row)})"}
-    columns |= {"fits a GPU of ": "{fits[without][0]} ({fits[with][0]})"}
+    columns |= {"evaluation, GB": in_units(1e9, "evaluation_bytes"), "on a GPU of": "{fits[default][0]}"}
+    columns |= {"training through the LLM, GB (checkpointing)": lambda row: f"{training(row)} ({less(row)})"}
+    columns |= {"on a GPU of (checkpointing)": "{fits[without][0]} ({fits[with][0]})"}
     return table(sorted((run for run in SCALE if "fits" in run), key=lambda run: run["parameters"]), columns)
 
 
