@@ -60,7 +60,7 @@ STAGE = "slots"  # of the wire; it is started as stage3_full.py --receiver slots
 CONFIG = dict(
     model="tiny",  # an alias, hub id or directory; tiny is embedded and needs no download
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=5000,  # fifty minutes on one core in bfloat16, twice as many in float32
+    steps=10000,  # an hour and a half on one core in bfloat16, twice as long in float32
     batch_size=8,  # passages a step
     lr=2e-3,  # peak
 )
@@ -73,7 +73,7 @@ RANK = 64  # of the update of each matrix
 RATES = 1.0, 5.0  # tokens of a context for each slot, drawn anew for each passage of the training
 QUESTIONS = 6  # about each passage of a step
 ALL = 100  # questions about each passage that scorers and PCA are fitted on, if there are so many
-KNOWN = 300  # passages that scorers and PCA are fitted on
+KNOWN = 1000, 300  # passages that scorers, and the PCA, are fitted on
 CURVE = 1, 2, 3, 4  # tokens of a context for each slot, at which every evaluation measures F1, too
 
 
@@ -447,17 +447,20 @@ def main() -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # model: an update that is zero, the PCA of what the frozen LLM keeps, scorers of its attention
-    slots, known = Slots(reader).to(device), 10 if args.smoke else KNOWN
-    count = how_many(args)
-    wire = Wire(slots, count)
-    print("scorers and PCA", flush=True)
-    passages = [Passage(reader, rows) for rows in data.train_passages(args.seed, 0, known, ALL)]
-    fit_scorer(slots, passages)
-    explained = fit_latents(wire, passages, random.Random(args.seed))
-    start = Slots(reader).to(device)
-    start.load_state_dict(slots.state_dict())
+    slots, start = Slots(reader).to(device), Slots(reader).to(device)
+    count, (known, sampled) = how_many(args), (10, 10) if args.smoke else KNOWN
+    wire, before = Wire(slots, count), Wire(start, count)
+    passages = [Passage(reader, rows) for rows in data.train_passages(args.seed, 0, sampled if saved else known, ALL)]
     if saved:
         restore_slots(slots, saved)
+        start.scorer.copy_(slots.scorer)  # it does not learn
+    else:
+        print("scorers", flush=True)
+        fit_scorer(start, passages)
+    print("PCA", flush=True)
+    explained = fit_latents(before, passages[:sampled], random.Random(args.seed))
+    if not saved:
+        slots.load_state_dict(start.state_dict())
     print(f"{sum(p.numel() for p in slots.parameters()):,} trained parameters; rows of {slots.layout.n} numbers")
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -490,7 +493,7 @@ def main() -> None:
     # evaluation: the wire and every control, on test passages whose names were never seen
     slots.half().float()  # as it is saved, with 16 bits a number
     curve = CURVE[:1] if args.smoke else CURVE
-    metrics, controls, records = measure_slots(wire, Wire(start, count), data, 2 * args.micro_batch_size, curve)
+    metrics, controls, records = measure_slots(wire, before, data, 2 * args.micro_batch_size, curve)
     controls["explained_variance"] = explained
     many = f"{args.rate:g} tokens a latent" if args.rate else f"{args.latents or LATENTS} latents"
     title, config = f"stage 3, slots: {many}, {LATENT_WIDTH} numbers each", {"embedding_width": reader.table.shape[1]}
