@@ -148,13 +148,13 @@ class Choice:
 class Slots(nn.Module):
     """A context -> latents [S,256] and where their tokens stood; latents -> keys and values of slots."""
 
-    def __init__(self, reader: Reader):
+    def __init__(self, reader: Reader, width: int = LATENT_WIDTH):
         super().__init__()
-        d, self.reader, self.layout = reader.table.shape[1], reader, Layout(reader)
+        d, self.reader, self.layout, self.width = reader.table.shape[1], reader, Layout(reader), width
         n = self.layout.n
         self.update = Update(reader.model)
         self.stays = nn.Parameter(torch.zeros(d))  # added to the embeddings of the tokens that stay
-        self.encoder, self.adapter = nn.Linear(n, LATENT_WIDTH), nn.Linear(LATENT_WIDTH, n)
+        self.encoder, self.adapter = nn.Linear(n, width), nn.Linear(width, n)
         self.register_buffer("scale", torch.ones(n))  # of each number of a row: the larger, the less it matters
         self.register_buffer("scorer", torch.zeros(6 * d + 1, self.layout.heads))
 
@@ -299,7 +299,7 @@ def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> 
         slots.scale.copy_(scale * (sample / scale).square().mean().sqrt())
         sample /= slots.scale
         mean = sample.mean(0)
-        components = torch.svd_lowrank(sample - mean, q=min(LATENT_WIDTH, *sample.shape), niter=4)[2]  # [n, 256]
+        components = torch.svd_lowrank(sample - mean, q=min(slots.width, *sample.shape), niter=4)[2]  # [n, width]
         slots.encoder.weight.zero_()
         slots.adapter.weight.zero_()
         slots.encoder.weight[: components.shape[1]] = components.T
@@ -358,13 +358,13 @@ class Wire:
 
     @torch.no_grad()
     def receive(self, messages: list[bytes]) -> Memory:
-        device, openings, latents, at, lengths = self.reader.device, [], [], [], []
+        device, width, openings, latents, at, lengths = self.reader.device, self.slots.width, [], [], [], []
         for message in messages:
             length, opening, count = struct.unpack_from("<3I", message)
             places = np.frombuffer(message, "<u4", count, 12).astype(np.int64)
-            numbers = np.frombuffer(message, "<f2", count * LATENT_WIDTH, 12 + 4 * count).astype(np.float32)
+            numbers = np.frombuffer(message, "<f2", count * width, 12 + 4 * count).astype(np.float32)
             openings.append(self.opening_rows[:opening])
-            latents.append(torch.from_numpy(numbers).view(count, LATENT_WIDTH).to(device))
+            latents.append(torch.from_numpy(numbers).view(count, width).to(device))
             at.append(torch.from_numpy(places).to(device))
             lengths.append(length)
         return self.slots.memory(openings, latents, at, lengths)
