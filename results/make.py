@@ -23,7 +23,7 @@ BLOCKS = {
         "readers-scores readers-depth stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity "
         "stage1-adapters stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights "
         "stage2-vocabulary stage3-message stage3-rivals stage3-harder slots-rates slots-harder "
-        "slots-ceilings slots-costs kernels-operator kernels-codebook kernels-compiled scale-dry scale-steps"
+        "slots-ceilings slots-widths slots-costs kernels-operator kernels-codebook kernels-compiled scale-dry scale-steps"
     ),
 }
 MODELS = ("tiny", "tiny-qwen")
@@ -415,10 +415,19 @@ def slots_harder() -> list[str]:
     return table(in_order([run for run in SLOTS if run["data"].startswith("tiny-")], "data", "model"), columns)
 
 
-def slots_ceilings() -> list[str]:
-    """F1 of what a frozen LLM could read: a row for each reader, a column for each kind of ceiling."""
-    columns = {"reader": "{model}"} | {kind: in_units(1, "f1", kind) for run in CEILINGS[:1] for kind in run["f1"]}
+def ceilings(untrained: bool) -> list[str]:
+    """F1: a row for each reader, a column for each way to read a context, of those before training or of the others."""
+    kinds = [kind for run in CEILINGS[:1] for kind in run["f1"] if kind.startswith(("PCA", "selection")) == untrained]
+    columns = {"reader": "{model}"} | {kind: in_units(1, "f1", kind) for kind in kinds}
     return table(in_order(CEILINGS, "model"), columns | COMMAND)
+
+
+def slots_ceilings() -> list[str]:
+    return ceilings(untrained=False)
+
+
+def slots_widths() -> list[str]:
+    return ceilings(untrained=True)
 
 
 def slots_costs() -> list[str]:

@@ -6,6 +6,7 @@
 - pairs: the keys and values of some pairs of a head and a token, those that the shipped slots' scorer wants most in all
   layers and heads together. Heads keep different numbers of tokens, so this saves numbers, not positions.
 - bits: the keys and values of all tokens, with 8 or 4 bits a number.
+- PCA: latents of other widths before any training, and slots whose numbers all stay.
 - crammed: latents that are optimised for one passage alone, through the shipped adapter, on some wordings of its
   questions. The answers are to other wordings of the same questions.
 """
@@ -15,6 +16,7 @@ import functools
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -35,6 +37,7 @@ from stage3.cache import Passage, answers_behind, nll_behind  # noqa: E402
 from stage3_full import SHIPPED  # noqa: E402
 from tiny import world  # noqa: E402
 
+WIDTHS = 64, 128, slots.LATENT_WIDTH, 512
 STEPS, RATE = 60, 0.1  # of crammed latents: Adam's steps and its learning rate, which falls to zero
 WORDINGS, TAUGHT, ASKED = 4, 24, 6  # drawn of each question; questions of a passage to learn from, and to answer
 
@@ -103,6 +106,20 @@ def read_whole(wire: slots.Wire, passages: list[Passage], bits: int | None = Non
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the width of a latent
+
+
+def untrained(wire: slots.Wire, width: int) -> slots.Wire:
+    """Slots with the same scorers, whose latents have another width and are not trained."""
+    start = slots.Slots(wire.reader, width)
+    start.scorer.copy_(wire.slots.scorer)
+    before = slots.Wire(start, wire.count)
+    known = [world.make_questions("train", 0, i)[: slots.ALL] for i in range(slots.KNOWN[1])]
+    slots.fit_latents(before, [Passage(wire.reader, rows) for rows in known], random.Random(0))
+    return before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # latents that are optimised for one passage
 
 
@@ -167,16 +184,23 @@ def measure(name: str, examples: int, passages: int) -> dict:
         f1[what] = score(answers, rows)[0]
         print(name, what, f1[what], flush=True)
 
-    for budget in (4, 8, 16):
-        answers = []
-        for part in micro_batches(asked, 20):
-            answers += answers_from_pairs(wire, part, [kept_pairs(wire, passage, budget) for passage in part])
-        scored(f"pairs, {budget}x", answers, rows)
-    for bits in (None, 8, 4):
-        answers = []
-        for part in micro_batches(asked, 20):
-            answers += answers_behind(model.layout, read_whole(wire, part, bits), [p.tails[0] for p in part])
-        scored(f"{bits} bits" if bits else "all pairs", answers, rows)
+    def from_pairs(budget: int, part: list[Passage]) -> list[str]:
+        return answers_from_pairs(wire, part, [kept_pairs(wire, passage, budget) for passage in part])
+
+    def behind(memory_of: Callable[[list[Passage]], slots.Memory], part: list[Passage]) -> list[str]:
+        return answers_behind(model.layout, memory_of(part), [passage.tails[0] for passage in part])
+
+    def through_pca(width: int) -> Callable[[list[Passage]], slots.Memory]:
+        before = untrained(wire, width)
+        return lambda part: before.receive([before.send(passage) for passage in part])
+
+    ways = {f"pairs, {budget}x": functools.partial(from_pairs, budget) for budget in (4, 8, 16)}
+    memories = {"all pairs": functools.partial(read_whole, wire)}
+    memories |= {f"{bits} bits": functools.partial(read_whole, wire, bits=bits) for bits in (8, 4)}
+    memories |= {f"PCA of {width}": through_pca(width) for width in WIDTHS} | {"selection": wire.selected}
+    ways |= {what: functools.partial(behind, memory_of) for what, memory_of in memories.items()}
+    for what, way in ways.items():
+        scored(what, [answer for part in micro_batches(asked, 20) for answer in way(part)], rows)
     worded = two_wordings(passages)
     pairs = [[Passage(reader, part) for part in both] for both in worded]
     to_answer = [row for _, part in worded for row in part]

@@ -60,7 +60,7 @@ STAGE = "slots"  # of the wire; it is started as stage3_full.py --receiver slots
 CONFIG = dict(
     model="tiny",  # an alias, hub id or directory; tiny is embedded and needs no download
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=5000,  # fifty minutes on one core in bfloat16, twice as many in float32
+    steps=10000,  # an hour and a half on one core in bfloat16, twice as long in float32
     batch_size=8,  # passages a step
     lr=2e-3,  # peak
 )
@@ -73,7 +73,7 @@ RANK = 64  # of the update of each matrix
 RATES = 1.0, 5.0  # tokens of a context for each slot, drawn anew for each passage of the training
 QUESTIONS = 6  # about each passage of a step
 ALL = 100  # questions about each passage that scorers and PCA are fitted on, if there are so many
-KNOWN = 300  # passages that scorers and PCA are fitted on
+KNOWN = 1000, 300  # passages that scorers, and the PCA, are fitted on
 CURVE = 1, 2, 3, 4  # tokens of a context for each slot, at which every evaluation measures F1, too
 
 
@@ -148,13 +148,13 @@ class Choice:
 class Slots(nn.Module):
     """A context -> latents [S,256] and where their tokens stood; latents -> keys and values of slots."""
 
-    def __init__(self, reader: Reader):
+    def __init__(self, reader: Reader, width: int = LATENT_WIDTH):
         super().__init__()
-        d, self.reader, self.layout = reader.table.shape[1], reader, Layout(reader)
+        d, self.reader, self.layout, self.width = reader.table.shape[1], reader, Layout(reader), width
         n = self.layout.n
         self.update = Update(reader.model)
         self.stays = nn.Parameter(torch.zeros(d))  # added to the embeddings of the tokens that stay
-        self.encoder, self.adapter = nn.Linear(n, LATENT_WIDTH), nn.Linear(LATENT_WIDTH, n)
+        self.encoder, self.adapter = nn.Linear(n, width), nn.Linear(width, n)
         self.register_buffer("scale", torch.ones(n))  # of each number of a row: the larger, the less it matters
         self.register_buffer("scorer", torch.zeros(6 * d + 1, self.layout.heads))
 
@@ -299,7 +299,7 @@ def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> 
         slots.scale.copy_(scale * (sample / scale).square().mean().sqrt())
         sample /= slots.scale
         mean = sample.mean(0)
-        components = torch.svd_lowrank(sample - mean, q=min(LATENT_WIDTH, *sample.shape), niter=4)[2]  # [n, 256]
+        components = torch.svd_lowrank(sample - mean, q=min(slots.width, *sample.shape), niter=4)[2]  # [n, width]
         slots.encoder.weight.zero_()
         slots.adapter.weight.zero_()
         slots.encoder.weight[: components.shape[1]] = components.T
@@ -358,13 +358,13 @@ class Wire:
 
     @torch.no_grad()
     def receive(self, messages: list[bytes]) -> Memory:
-        device, openings, latents, at, lengths = self.reader.device, [], [], [], []
+        device, width, openings, latents, at, lengths = self.reader.device, self.slots.width, [], [], [], []
         for message in messages:
             length, opening, count = struct.unpack_from("<3I", message)
             places = np.frombuffer(message, "<u4", count, 12).astype(np.int64)
-            numbers = np.frombuffer(message, "<f2", count * LATENT_WIDTH, 12 + 4 * count).astype(np.float32)
+            numbers = np.frombuffer(message, "<f2", count * width, 12 + 4 * count).astype(np.float32)
             openings.append(self.opening_rows[:opening])
-            latents.append(torch.from_numpy(numbers).view(count, LATENT_WIDTH).to(device))
+            latents.append(torch.from_numpy(numbers).view(count, width).to(device))
             at.append(torch.from_numpy(places).to(device))
             lengths.append(length)
         return self.slots.memory(openings, latents, at, lengths)
@@ -447,17 +447,20 @@ def main() -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # model: an update that is zero, the PCA of what the frozen LLM keeps, scorers of its attention
-    slots, known = Slots(reader).to(device), 10 if args.smoke else KNOWN
-    count = how_many(args)
-    wire = Wire(slots, count)
-    print("scorers and PCA", flush=True)
-    passages = [Passage(reader, rows) for rows in data.train_passages(args.seed, 0, known, ALL)]
-    fit_scorer(slots, passages)
-    explained = fit_latents(wire, passages, random.Random(args.seed))
-    start = Slots(reader).to(device)
-    start.load_state_dict(slots.state_dict())
+    slots, start = Slots(reader).to(device), Slots(reader).to(device)
+    count, (known, sampled) = how_many(args), (10, 10) if args.smoke else KNOWN
+    wire, before = Wire(slots, count), Wire(start, count)
+    passages = [Passage(reader, rows) for rows in data.train_passages(args.seed, 0, sampled if saved else known, ALL)]
     if saved:
         restore_slots(slots, saved)
+        start.scorer.copy_(slots.scorer)  # it does not learn
+    else:
+        print("scorers", flush=True)
+        fit_scorer(start, passages)
+    print("PCA", flush=True)
+    explained = fit_latents(before, passages[:sampled], random.Random(args.seed))
+    if not saved:
+        slots.load_state_dict(start.state_dict())
     print(f"{sum(p.numel() for p in slots.parameters()):,} trained parameters; rows of {slots.layout.n} numbers")
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -490,7 +493,7 @@ def main() -> None:
     # evaluation: the wire and every control, on test passages whose names were never seen
     slots.half().float()  # as it is saved, with 16 bits a number
     curve = CURVE[:1] if args.smoke else CURVE
-    metrics, controls, records = measure_slots(wire, Wire(start, count), data, 2 * args.micro_batch_size, curve)
+    metrics, controls, records = measure_slots(wire, before, data, 2 * args.micro_batch_size, curve)
     controls["explained_variance"] = explained
     many = f"{args.rate:g} tokens a latent" if args.rate else f"{args.latents or LATENTS} latents"
     title, config = f"stage 3, slots: {many}, {LATENT_WIDTH} numbers each", {"embedding_width": reader.table.shape[1]}

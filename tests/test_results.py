@@ -243,3 +243,5 @@ def test_ceilings():
         [wire.opening_rows], wire.slots.latents([learned], [chosen]), [chosen.at], [len(learned.ids)]
     )
     assert nll(run_ceilings.cram(wire, [learned], None)) < 0.5 * nll(start)
+    narrow, wide = (run_ceilings.untrained(wire, width) for width in (16, 256))
+    assert nll(wide.receive([wide.send(learned)])) < nll(narrow.receive([narrow.send(learned)]))
