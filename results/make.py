@@ -419,7 +419,7 @@ def ceilings(untrained: bool) -> list[str]:
     """F1: a row for each reader, a column for each way to read a context, of those before training or of the others."""
     kinds = [kind for run in CEILINGS[:1] for kind in run["f1"] if kind.startswith(("PCA", "selection")) == untrained]
     columns = {"reader": "{model}"} | {kind: in_units(1, "f1", kind) for kind in kinds}
-    return table(in_order(CEILINGS, "model"), columns | COMMAND)
+    return table(in_order(CEILINGS, "model") if kinds else [], columns | COMMAND)
 
 
 def slots_ceilings() -> list[str]:
