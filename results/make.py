@@ -22,8 +22,8 @@ BLOCKS = {
     HERE / "README.md": (
         "readers-scores readers-depth stage0-collapse stage0-causes stage0-sweep stage1-headline stage1-identity "
         "stage1-adapters stage1-real-weights stage2-encoder stage2-ablations stage2-harder stage2-real-weights "
-        "stage2-vocabulary stage3-message stage3-rivals stage3-harder slots-rates slots-harder "
-        "slots-ceilings slots-widths slots-costs kernels-operator kernels-codebook kernels-compiled scale-dry scale-steps"
+        "stage2-vocabulary stage3-message stage3-rivals stage3-harder slots-rates slots-harder slots-ceilings "
+        "slots-widths slots-costs kernels-operator kernels-codebook kernels-compiled scale-dry scale-steps"
     ),
 }
 MODELS = ("tiny", "tiny-qwen")
