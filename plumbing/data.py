@@ -33,6 +33,7 @@ SQUAD_ROW = {"question": TEXT, "answers?": Many({"text": TEXT, "*": ANYTHING}), 
 SQUAD_PARAGRAPHS = Many({"context": TEXT, "qas": Many(SQUAD_ROW), "*": ANYTHING})
 SQUAD_LAYOUT = {"data": Many({"paragraphs": SQUAD_PARAGRAPHS, "*": ANYTHING}), "*": ANYTHING}
 WINDOW = 256  # tokens: a .txt file is cut into windows of this length
+BLENDED = 0.75  # of the listed names in `train_passages`: latents would learn a short list by heart
 
 # official SQuAD v1.1 files: name -> (address, sha256)
 SQUAD = {
@@ -91,7 +92,8 @@ class Data:
         In a file, those are looked for next to it.
         """
         if self.train is None:
-            return [world.make_questions("train", seed, i)[:most] for i in range(start, start + count)]
+            made = (world.make_questions("train", seed, i, blended=BLENDED) for i in range(start, start + count))
+            return [rows[:most] for rows in made]
         passages = []
         for i in range(start, start + count):
             epoch, offset = divmod(i, len(self.train))

@@ -114,7 +114,7 @@ def untrained(wire: slots.Wire, width: int) -> slots.Wire:
     start = slots.Slots(wire.reader, width)
     start.scorer.copy_(wire.slots.scorer)
     before = slots.Wire(start, wire.count)
-    known = [world.make_questions("train", 0, i)[: slots.ALL] for i in range(slots.KNOWN[1])]
+    known = [world.make_questions("train", 0, i)[: slots.ALL] for i in range(slots.KNOWN)]
     slots.fit_latents(before, [Passage(wire.reader, rows) for rows in known], random.Random(0))
     return before
 

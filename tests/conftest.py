@@ -31,7 +31,7 @@ from stage3 import slots  # noqa: E402
 
 CPU = torch.device("cpu")
 stage3.PIECES, stage3.PIECE_TEXTS = 512, 100  # to learn 8,192 pieces from 8,000 texts takes ten seconds
-slots.KNOWN = 20, 20  # passages that are read before the first step
+slots.KNOWN = 20  # passages that are read before the first step
 QUICK = ("--steps", "4", "--batch-size", "4", "--eval-examples", "8")
 
 

@@ -209,6 +209,7 @@ class Maker:
 
     rng: random.Random
     split: str
+    blended: float = 0.0  # share of the listed names that are made of two: "Rosa" and "Ingrid" give "Rogrid"
     taken: set[str] = field(default_factory=set)
 
     def value(self, kind: str) -> str:
@@ -226,14 +227,14 @@ class Maker:
         rng = self.rng
         match kind:
             case "woman" | "man" | "surname":
-                return self.invented() if rng.random() < INVENTED else rng.choice(names_of(kind, self.split))
+                return self.invented() if rng.random() < INVENTED else self.listed(kind)
             case "person":
                 return self.draw(rng.choice(("woman", "man")))
             case "fullname":
                 return f"{self.draw('person')} {self.draw('surname')}"
             case "town":
                 if rng.random() < LISTED_TOWN:
-                    return rng.choice(names_of(kind, self.split))
+                    return self.listed(kind)
                 return rng.choice(TOWN_PREFIXES) + self.invented()
             case "ship" | "dog":
                 return self.draw("person")
@@ -244,6 +245,17 @@ class Maker:
                 thing = rng.choice(words()[kind])
                 return described(thing, rng) if with_adjective else thing
         return COMPUTED[kind](rng) if kind in COMPUTED else rng.choice(words()[kind])
+
+    def listed(self, kind: str) -> str:
+        """A name of the lists, or a blend of two."""
+        rng, names = self.rng, names_of(kind, self.split)
+        if not self.blended or rng.random() >= self.blended:
+            return rng.choice(names)
+        while True:
+            first, last = rng.sample(names, 2)
+            name = first[: rng.randint(2, len(first) - 1)] + last[rng.randint(1, len(last) - 2) :]
+            if split_of_name(name) == self.split:
+                return name
 
     def invented(self) -> str:
         """A name of this split: "Selnor", "Raltofa"."""

@@ -277,15 +277,16 @@ STYLES: dict[str, Callable[[str], str]] = {
 
 
 def make_passage(
-    rng: random.Random, split: str, facts: int, unseen: bool = False, style: str | None = None
+    rng: random.Random, split: str, facts: int, unseen: bool = False, style: str | None = None, blended: float = 0.0
 ) -> tuple[str, Questions]:
     """A passage of about `facts` facts, or an everyday text, and its questions in random order.
 
     unseen: only relations and scenes that training never uses, and such forms, too. style: one of STYLES, or drawn.
+    blended: the share of the listed names that are made of two.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    maker = Maker(rng, split)
+    maker = Maker(rng, split, blended)
     context, asked = make_scene(maker, unseen) if rng.random() < SCENES else make_facts(maker, unseen, facts)
     if style is None:
         style = rng.choice(list(STYLES)[1:]) if rng.random() < STYLED else "plain"
@@ -293,10 +294,12 @@ def make_passage(
     return write(context), [(write(question), write(answer)) for question, answer in asked]
 
 
-def make_questions(split: str, seed: int, index: int, unseen: bool = False, style: str | None = None) -> list[dict]:
+def make_questions(
+    split: str, seed: int, index: int, unseen: bool = False, style: str | None = None, blended: float = 0.0
+) -> list[dict]:
     """The index-th passage of a split, 3-8 facts: a row {"context", "question", "answers": [one]} for each question."""
     rng = random.Random(f"{split}/{seed}/{index}" + "/unseen" * unseen)  # a str seed: the same on every platform
-    context, questions = make_passage(rng, split, rng.randint(3, 8), unseen, style)
+    context, questions = make_passage(rng, split, rng.randint(3, 8), unseen, style, blended)
     return [{"context": context, "question": question, "answers": [answer]} for question, answer in questions]
 
 
