@@ -49,6 +49,15 @@ def test_splits_share_no_name():
     assert not names["test"] & names["validation"]
 
 
+def test_blended_names_are_new_and_of_their_split():
+    maker = values.Maker(random.Random(0), "train", blended=1.0)
+    names = {maker.listed("woman") for _ in range(300)}
+    assert len(names - set(values.words()["woman"])) > 250
+    assert all(values.split_of_name(name) == "train" for name in names)
+    rows = [row for i in range(500) for row in world.make_questions("train", 0, i, blended=1.0)]
+    assert not names_in(rows) & names_in(world.make_examples("test", 1500, style="plain"))
+
+
 def test_passages_are_deterministic_and_say_their_answers():
     assert world.make_examples("test", 50) == world.make_examples("test", 50)
     assert world.make_example("test", 0, 7) == world.make_examples("test", 8)[7]
