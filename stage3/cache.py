@@ -148,14 +148,16 @@ class Layout:
     def cache(self, memory: Memory, of: list[int] | None = None):
         """A cache of transformers with these rows, from which the frozen LLM reads on. Differentiable.
 
-        of: the contexts that it holds, if they are not all, each once.
+        of: which context each row of the cache holds; without it, each context has one row.
         """
         parts = memory.rows.split([heads * width for heads, width in self.shapes], -1)
         parts = [part.unflatten(-1, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
         cache, dtype = hub.DynamicCache(), self.reader.dtype
         for layer, (keys, values) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
             keys, values = self.turned(keys, memory.at).to(dtype), values.to(dtype)
-            cache.update(*((keys, values) if of is None else (keys[of], values[of])), layer)
+            if of is not None:
+                keys, values = keys[of], values[of]
+            cache.update(keys, values, layer)
         return cache
 
 
@@ -182,7 +184,7 @@ def logits_behind(layout: Layout, memory: Memory, of: list[int], tails: list[lis
 
 
 def nll_behind(layout: Layout, memory: Memory, passages: list[Passage]) -> Tensor:
-    """Sum of the NLL of the answers to all questions about the passages (scalar, nats), which the memory holds."""
+    """Sum of the NLL (scalar, nats) of the answers to all questions about the passages that the memory holds."""
     of = [i for i, passage in enumerate(passages) for _ in passage.tails]
     pairs = [pair for passage in passages for pair in zip(passage.tails, passage.answers, strict=True)]
     logits = logits_behind(layout, memory, of, [t + a for t, a in pairs], [len(t) for t, _ in pairs])
