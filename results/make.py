@@ -405,9 +405,9 @@ def slots_rates() -> list[str]:
     """F1 from slots beside what needs no training, and at other numbers of tokens a slot."""
     columns = READER | F1 | RETENTION | {"before training": "{score[start_f1]}", "selection": "{score[selection_f1]}"}
     columns |= {"text, cut": "{score[truncated_f1]}"} | CONTROLS | POSITIONS
-    for rate in SLOTS[0]["rates"]:
-        columns[f"F1 at {rate} tokens a slot"] = lambda row, rate=rate: f"{row['rates'][rate]:.1f}"
-    return table(readers(SLOTS), columns | RUNS)
+    runs = [run | {f"F1 at {rate} tokens a slot": f1 for rate, f1 in run["rates"].items()} for run in SLOTS]
+    columns |= {key: f"{{score[{key}]}}" for key in runs[0] if key.startswith("F1 at ")}
+    return table(readers(runs), columns | RUNS)
 
 
 def slots_harder() -> list[str]:

@@ -100,12 +100,18 @@ def stage3(shared: str) -> dict[str, list[str]]:
 
 
 def slots(shared: str) -> dict[str, list[str]]:
-    """The shipped slots of both readers: they were trained with --dtype bfloat16 --seed 0, and are measured here."""
-    on = {model: ["--receiver", "slots", "--eval-only", "tiny/wires/stage3", "--model", model] for model in WIDTHS}
-    runs = {f"{model}-seed0": flags for model, flags in on.items()}
-    for model, flags in on.items():
+    """The slots of both readers: trained in bfloat16, measured in float32. Those of seed 0 are shipped."""
+    runs = {}
+    for model in WIDTHS:
+        on = ["--receiver", "slots", "--model", model]
+        shipped = [*on, "--eval-only", "tiny/wires/stage3"]
+        runs[f"{model}-seed0"] = shipped
+        for seed in ("1", "2"):
+            trained = f"{model}-trained{seed}"
+            runs[trained] = [*on, "--dtype", "bfloat16", "--seed", seed, "--eval-examples", "200"]
+            runs[f"{model}-seed{seed}"] = [*on, "--eval-only", f"out/results/slots/{trained}"]
         for data in HARDEST:
-            runs[f"{model}-{data.removeprefix('tiny-')}"] = [*flags, "--data", data, "--eval-examples", "300"]
+            runs[f"{model}-{data.removeprefix('tiny-')}"] = [*shipped, "--data", data, "--eval-examples", "300"]
     return runs
 
 
