@@ -192,6 +192,7 @@ def split_rows(
 def text_data(name: str, text: str, reader: Reader, eval_examples: int) -> Data:
     if not text.strip():
         raise UserError(f"--data {name}: the file is empty")
+    print(f"data {name}: {len(text):,} characters", flush=True)  # millions of them take a while
     start = [] if reader.tokenizer.bos_token_id is None else [reader.tokenizer.bos_token_id]
     ids = reader.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     width = min(WINDOW, reader.context_tokens) - len(start)
@@ -242,9 +243,12 @@ def halve(reader: Reader, rows: list[dict]) -> list[dict]:
 def read_text(path: Path) -> str:
     """The text of a file, with or without a byte order mark. Raises UserError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert it first, e.g. with iconv") from None
+    if "\0" in text:  # UTF-16 without its mark, or no text at all
+        raise UserError(f"{path}: not UTF-8 text (byte 0 occurs in it); convert it first, e.g. with iconv")
+    return text
 
 
 def read_squad(path: Path) -> list[dict]:

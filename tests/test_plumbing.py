@@ -88,6 +88,7 @@ BAD_FILES = {
     "empty.json": (b"", "empty"),
     "blank.txt": (b" \n\n", "empty"),
     "latin1.txt": ("é".encode("latin-1") * 50, "not UTF-8"),
+    "utf16.txt": (("hello " * 50).encode("utf-16-le"), "not UTF-8"),
     "broken.json": (b'{"data": [\n {"x": }]}', "line 2"),
     "other.json": (b'{"rows": []}', "SQuAD v1.1 layout"),
     "noanswers.json": (
