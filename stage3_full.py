@@ -107,6 +107,8 @@ def parse_arguments():
         parser.error(f"{'--latents' if args.latents else '--rate'} belongs to --receiver slots: a text has no slots")
     if len(once) > 1:
         parser.error("--send, --send-lines and --receive are separate processes: give one of them")
+    if once and args.eval_only:
+        parser.error("--eval-only measures a wire; to send or receive with one, give it as --wire")
     if not once and (args.wire or args.question):
         flag = "--wire" if args.wire else "--question"
         parser.error(f"{flag} belongs to --send, --send-lines and --receive; to measure a wire, see --eval-only")
@@ -291,8 +293,10 @@ def receive_once(args) -> None:
     device, _ = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
     if args.receiver == "slots":
-        if carries == "prompt" or not args.question:
-            raise UserError("--receiver slots reads a context and then questions: ask them here, not with --send")
+        if carries == "prompt":
+            raise UserError("the message holds a whole prompt, not a context: for slots, send it without --question")
+        if not args.question:
+            raise UserError("the message holds a context: give a --question")
         slots_wire = slots.load_slots(args.wire or SHIPPED, args.model or BOTH[0])
     reader = load_reader(args.model or BOTH[0], device, dtype, split=args.device == "split")
     if args.receiver == "slots":
@@ -302,7 +306,7 @@ def receive_once(args) -> None:
         answers = generate(reader, [prompt.ids for prompt in prompts], 8)
         cut = any(prompt.truncated for prompt in prompts)
     if cut:
-        print(f"note: the context exceeds {reader.prompt_tokens} tokens: cut at its end", file=sys.stderr)
+        print(f"note: the prompt exceeds {reader.prompt_tokens} tokens: the context is cut at its end", file=sys.stderr)
     print("\n".join(answers))
 
 

@@ -153,19 +153,17 @@ def cram(wire: slots.Wire, taught: list[Passage], rate: float | None) -> slots.M
     chosen = model.choose(taught, counts)
     with torch.no_grad():
         latents = [nn.Parameter(part) for part in model.latents(taught, chosen)]
-    openings, at = [wire.opening_rows[: passage.opening] for passage in taught], [choice.at for choice in chosen]
-    lengths = [len(passage.ids) for passage in taught]
     targets = sum(len(answer) for passage in taught for answer in passage.answers)
     optimizer = torch.optim.Adam(latents)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, 2 * (STEPS - step) / STEPS)
-        memory = model.memory(openings, latents, at, lengths)
+        memory = wire.behind_openings(taught, chosen, model.decoded(latents))
         (nll_behind(model.layout, memory, taught) / targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        return model.memory(openings, latents, at, lengths)
+        return wire.behind_openings(taught, chosen, model.decoded(latents))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from plumbing.hub import DynamicCache  # noqa: E402
 from plumbing.launch import commit, launch, name_of, versions  # noqa: E402
 from plumbing.report import rounded  # noqa: E402
 from plumbing.scale import random_reader, synchronize  # noqa: E402
-from stage3.slots import LATENT_WIDTH, Slots, Update  # noqa: E402
+from stage3.slots import LATENT_WIDTH, Slots, Update, stacked  # noqa: E402
 
 QUESTION, ANSWER = 32, 16  # tokens
 
@@ -99,7 +99,7 @@ def measure(reader: Reader, tokens: int, count: int, repeats: int) -> dict[str, 
     def send_and_receive():
         (chosen,) = slots.choose([passage], [count])
         (latents,) = slots.latents([passage], [chosen])
-        return slots.layout.cache(slots.memory([nothing], [latents], [chosen.at], [tokens]))
+        return slots.layout.cache(stacked([nothing], slots.decoded([latents]), [chosen.at], [tokens]))
 
     def write(cache) -> None:
         for i in range(ANSWER):

@@ -30,12 +30,12 @@ class Passage:
 
     def __init__(self, reader: Reader, rows: list[dict]):
         """rows: questions about one context, with or without answers."""
-        longest = max((row["question"] for row in rows), key=len)
+        longest = max((row["question"] for row in rows), key=lambda question: len(tokenize(reader, question)))
         prompt = make_prompt(reader, rows[0]["context"], longest)
         context, self.truncated = prompt.context, prompt.truncated  # its end is cut if it must be
         prompts = [make_prompt(reader, context, row["question"]) for row in rows]
         whole = as_prompt(reader, PROMPT.format(context=context, question=longest))
-        end = whole.rindex(f"\nQuestion: {longest}")
+        end = whole.rindex(f"\nQuestion: {longest}".rstrip())  # a chat's template may strip the end
         ids = tokenize(reader, whole[:end])
         split = min(shared(ids, prompt.ids) for prompt in prompts)
         self.ids = ids[:split]
@@ -115,7 +115,7 @@ class Layout:
         self.rotate = getattr(sys.modules[type(reader.model).__module__], "apply_rotary_pos_emb", None)
         with torch.no_grad():
             keys = reader.model(input_ids=token.expand(1, 3), use_cache=True).past_key_values.layers[0].keys
-        for self.width in (1, 2):  # numbers of a key for each cosine
+        for self.width in (1, 2):  # some LLMs give a cosine for each number of a key, others one for each two
             back = self.attempt(keys)
             if back is not None and (back[:, :, 2] - back[:, :, 0]).norm() < 0.05 * back[:, :, 0].norm():
                 return
@@ -144,6 +144,11 @@ class Layout:
         """[B,T,n] float32: what a cache of transformers holds of T tokens at the positions `at` [B,T]."""
         parts = [(self.turned(layer.keys, at, back=True), layer.values) for layer in cache.layers]
         return torch.cat([part.transpose(1, 2).flatten(2).float() for pair in parts for part in pair], -1)
+
+    def read(self, real: Tensor, **inputs: Tensor) -> Tensor:
+        """[B,T,n]: what the LLM keeps of tokens that it reads; inputs: input_ids or inputs_embeds; real: mask [B,T]."""
+        output = self.reader.model(**inputs, attention_mask=real, past_key_values=hub.DynamicCache(), logits_to_keep=1)
+        return self.rows(output.past_key_values, torch.arange(real.shape[1], device=real.device).expand_as(real))
 
     def cache(self, memory: Memory, of: list[int] | None = None):
         """A cache of transformers with these rows, from which the frozen LLM reads on. Differentiable.

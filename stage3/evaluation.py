@@ -207,5 +207,8 @@ def slot_rows(controls: dict) -> list[tuple[str, str, str]]:
         ("slots", f"{controls['slots']:.1f}", tokens),
         ("selection alone: F1", f"{controls['selection_f1']:.1f}", "the scorer's tokens, as the frozen LLM keeps them"),
         ("before training: F1", f"{controls['start_f1']:.1f}", held),
-        *((f"F1 at {rate} tokens a slot", f"{f1:.1f}", "") for rate, f1 in controls["rates"].items()),
+        *(
+            (f"F1 at rate {rate}", f"{f1:.1f}", "tokens of a context for each slot")
+            for rate, f1 in controls["rates"].items()
+        ),
     ]

@@ -7,12 +7,11 @@
 
 Everything starts as something that works. An LLM that has read a context keeps keys and values of every token. It can
 go on from those of a few tokens (*slots*), at their original positions. A scorer chooses them: those that the LLM
-attends to when it writes answers. Heads attend to different tokens, so each head has its own choice: a slot stands
-where one token stood, and holds for most heads that token, for others one that they want more. A PCA makes 256 numbers
-of the `n` that a slot has in all layers together; it looks at each number as closely as the answers depend on it. Then
-the training begins. A low-rank update of the LLM that reads the context learns to move what the other tokens say into
-those that stay; the two matrices around the latents learn with it, slowly. The LLM that answers is frozen, and has no
-update.
+attends to when it writes answers. Heads attend to different tokens, so each head chooses its own. A slot stands where
+one token stood. Most heads keep that token there; the others keep one that they want more. A PCA makes 256 numbers of
+the `n` that a slot has in all layers together; it looks at each number as closely as the answers depend on it. Then the
+training begins. A low-rank update of the LLM that reads the context learns to move what the other tokens say into those
+that stay; the two matrices around the latents learn with it, slowly. The LLM that answers is frozen, and has no update.
 
     python stage3_full.py --receiver slots --model tiny                                     # README has the scores
     python stage3_full.py --receiver slots --eval-only tiny/wires/stage3 --rate 2           # half as many positions
@@ -27,6 +26,7 @@ import functools
 import math
 import random
 import struct
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from common import Reader, check_prompts, load_reader
-from plumbing import hub
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_float, positive_int
 from plumbing.checkpoints import module_tensors
 from plumbing.data import load_data
@@ -77,13 +76,20 @@ KNOWN = 300  # passages that scorers and PCA are fitted on
 CURVE = 1, 2, 3, 4  # tokens of a context for each slot, at which every evaluation measures F1, too
 
 
+def rate(text: str) -> float:
+    value = positive_float(text)
+    if value < 1:
+        raise ArgumentTypeError(f"must be at least 1, not {text!r}: a slot stands for at least one token")
+    return value
+
+
 def add_receiver(parser: Parser) -> None:
     """The flags that stage3_full.py and this file share."""
     add, told = parser.add_argument, "text: the LLM reads every token; slots: it reads few positions of a context"
     add("--receiver", choices=("text", "slots"), default="text", help=f"{told} (stage3/slots.py)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--latents", metavar="N", type=positive_int, help=f"slots of a context (default: {LATENTS})")
-    add("--rate", metavar="R", type=positive_float, help="instead of --latents: tokens of a context for each slot")
+    add("--rate", metavar="R", type=rate, help="instead of --latents: tokens of a context for each slot")
 
 
 def parse_arguments():
@@ -161,11 +167,7 @@ class Slots(nn.Module):
     def rows(self, passages: list[Passage]) -> Tensor:
         """[B,T,n] of contexts, read by the LLM as it is."""
         ids, real = padded([passage.ids for passage in passages], self.reader.device)
-        output = self.reader.model(
-            input_ids=ids, attention_mask=real, past_key_values=hub.DynamicCache(), logits_to_keep=1
-        )
-        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return self.layout.rows(output.past_key_values, at)
+        return self.layout.read(real, input_ids=ids)
 
     def seen(self, passages: list[Passage]) -> Tensor:
         """[B,T,6d+1]: what the scorer sees of contexts.
@@ -186,18 +188,18 @@ class Slots(nn.Module):
     def choose(self, passages: list[Passage], counts: list[int]) -> list[Choice]:
         """The `counts` slots of each context, in the text's order.
 
-        They stand where the tokens are that all heads together want most. A head that wants others more keeps those
-        instead of the ones that it wants less.
+        They stand at the tokens whose scores have the largest sums over all heads. A head keeps its own best tokens:
+        where it does not want a slot's token, it keeps another there.
         """
         scores = self.seen(passages) @ self.scorer  # [B, T, H]
-        scores, chosen = scores.round(decimals=3), []  # so that equals are, on any machine
+        scores, chosen = scores.round(decimals=3), []  # so that ties are the same on every machine
         for passage, part, count in zip(passages, scores, counts, strict=True):
             part = part[passage.opening : len(passage.ids)]
             at = best(part.sum(1, keepdim=True), count)[:, 0]
             wanted = torch.zeros_like(part, dtype=torch.bool).scatter(0, best(part, count), True)
             tokens, unwanted = at[:, None].repeat(1, part.shape[1]), ~wanted[at]
             wanted[at] = False
-            tokens.T[unwanted.T] = wanted.T.nonzero()[:, 1]  # as many, for each head
+            tokens.T[unwanted.T] = wanted.T.nonzero()[:, 1]  # a head has as many of these as unwanted slots
             chosen.append(Choice(passage.opening + at, passage.opening + tokens))
         return chosen
 
@@ -208,20 +210,13 @@ class Slots(nn.Module):
         stay = torch.stack([zeros.index_fill(0, choice.at, 1.0) for choice in chosen])
         embeddings = self.reader.table[ids] + stay[..., None] * self.stays
         with self.update.at_work():
-            output = self.reader.model(
-                inputs_embeds=embeddings.to(self.reader.dtype),
-                attention_mask=real,
-                past_key_values=hub.DynamicCache(),
-                logits_to_keep=1,
-            )
-        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        rows, owners = self.layout.rows(output.past_key_values, at), self.layout.owners  # [B, T, n]
-        slots = [choice.rows(row, owners) for row, choice in zip(rows, chosen, strict=True)]
+            rows = self.layout.read(real, inputs_embeds=embeddings.to(self.reader.dtype))
+        slots = [choice.rows(row, self.layout.owners) for row, choice in zip(rows, chosen, strict=True)]
         return [self.encoder(part / self.scale) for part in slots]
 
-    def memory(self, openings: list[Tensor], latents: list[Tensor], at: list[Tensor], lengths: list[int]) -> Memory:
-        """What the frozen LLM goes on from. openings: [o,n] rows of the tokens before each context; at: [S]."""
-        return stacked(openings, [self.adapter(part) * self.scale for part in latents], at, lengths)
+    def decoded(self, latents: list[Tensor]) -> list[Tensor]:
+        """Rows [S,n] of slots from the latents [S,256] of each context."""
+        return [self.adapter(part) * self.scale for part in latents]
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -254,6 +249,7 @@ def fit_scorer(slots: Slots, passages: list[Passage]) -> None:
     its passage.
     """
     reader, gram, moment = slots.reader, 0.0, 0.0
+    before = reader.model.config._attn_implementation
     reader.model.set_attn_implementation("eager")  # the only one that returns attentions
     for passage in passages:
         n, paid = len(passage.ids), torch.zeros(())
@@ -269,8 +265,8 @@ def fit_scorer(slots: Slots, passages: list[Passage]) -> None:
                 paid = pays[:, first : first + len(answer), :n].float().amax(1).maximum(paid.to(pays.device))  # [H, n]
         (seen,) = slots.seen([passage])
         gram, moment = gram + seen.T @ seen, moment + seen.T @ paid.T
-    if reader.device.type != "cpu":  # where it is also the faster one, in bfloat16
-        reader.model.set_attn_implementation("sdpa")
+    if reader.device.type != "cpu":  # on a CPU, "eager" stays: it is the faster one in bfloat16
+        reader.model.set_attn_implementation(before)
     slots.scorer.copy_(torch.linalg.solve(gram + 10 * torch.eye(len(gram), device=gram.device), moment))
 
 
@@ -285,7 +281,7 @@ def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> 
         with torch.no_grad():
             rows = chosen[0].rows(slots.rows([passage])[0], slots.layout.owners)
         rows.requires_grad_()
-        memory = stacked([wire.opening_rows[: passage.opening]], [rows], [chosen[0].at], [len(passage.ids)])
+        memory = wire.behind_openings([passage], chosen, [rows])
         nll_behind(slots.layout, memory, [passage]).backward()
         sample.append(rows.detach().cpu())
         squares = squares + rows.grad.square().sum(0)
@@ -324,16 +320,20 @@ class Wire:
         self.slots, self.count, self.reader = slots, count, slots.reader
         # the rows [h,n] of the tokens before every context, as the frozen LLM keeps them: they do not travel
         self.opening_rows = torch.zeros(0, slots.layout.n, device=self.reader.device)
-        ids = torch.tensor([opening_ids(self.reader)], dtype=torch.long, device=self.reader.device)
-        if ids.numel():
+        opening = opening_ids(self.reader)
+        if opening:
+            ids, real = padded([opening], self.reader.device)
             with torch.no_grad():
-                output = self.reader.model(input_ids=ids, past_key_values=hub.DynamicCache(), logits_to_keep=1)
-            at = torch.arange(ids.shape[1], device=ids.device)[None]
-            self.opening_rows = slots.layout.rows(output.past_key_values, at)[0]
+                self.opening_rows = slots.layout.read(real, input_ids=ids)[0]
 
     def at_rate(self, rate: float) -> "Wire":
         """The same, with a latent for so many tokens of a context."""
         return Wire(self.slots, functools.partial(Passage.count, rate=rate))
+
+    def behind_openings(self, passages: list[Passage], chosen: list[Choice], rows: list[Tensor]) -> Memory:
+        """Memory of the rows [S,n] of each passage's slots, behind the rows of its opening."""
+        openings = [self.opening_rows[: passage.opening] for passage in passages]
+        return stacked(openings, rows, [choice.at for choice in chosen], [len(passage.ids) for passage in passages])
 
     @staticmethod
     def latents_in(message: bytes) -> int:
@@ -353,8 +353,7 @@ class Wire:
         chosen = self.slots.choose(passages, [self.count(passage) for passage in passages])
         owners, pairs = self.slots.layout.owners, zip(self.slots.rows(passages), chosen, strict=True)
         kept = [choice.rows(row, owners) for row, choice in pairs]
-        openings = [self.opening_rows[: passage.opening] for passage in passages]
-        return stacked(openings, kept, [choice.at for choice in chosen], [len(passage.ids) for passage in passages])
+        return self.behind_openings(passages, chosen, kept)
 
     @torch.no_grad()
     def receive(self, messages: list[bytes]) -> Memory:
@@ -367,7 +366,7 @@ class Wire:
             latents.append(torch.from_numpy(numbers).view(count, width).to(device))
             at.append(torch.from_numpy(places).to(device))
             lengths.append(length)
-        return self.slots.memory(openings, latents, at, lengths)
+        return stacked(openings, self.slots.decoded(latents), at, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,10 +383,7 @@ def answer_loss(wire: Wire, passages: list[Passage], counts: list[int], targets:
     """Cross-entropy (scalar) of every answer token, EOS included, divided by the `targets` of the whole step."""
     slots = wire.slots
     chosen = slots.choose(passages, counts)
-    latents = slots.latents(passages, chosen)
-    openings = [wire.opening_rows[: passage.opening] for passage in passages]
-    at, lengths = [choice.at for choice in chosen], [len(passage.ids) for passage in passages]
-    memory = slots.memory(openings, latents, at, lengths)
+    memory = wire.behind_openings(passages, chosen, slots.decoded(slots.latents(passages, chosen)))
     return nll_behind(slots.layout, memory, passages) / targets
 
 
@@ -418,7 +414,7 @@ def how_many(args) -> Callable[[Passage], int]:
 
 
 def ask(reader: Reader, saved: SavedWire, args, context: str, questions: list[str]) -> tuple[list[str], bool]:
-    """(answers to questions about a context that is read once, from one cache of a few slots; whether it was cut)."""
+    """(answers to questions about a context, all from one cache of a few slots; whether the context was cut)."""
     check_fingerprint(reader, saved.config, saved.name)
     slots = Slots(reader).to(reader.device)
     restore_slots(slots, saved)

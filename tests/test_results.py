@@ -239,9 +239,7 @@ def test_ceilings():
         return nll_behind(layout, memory, [learned]).item()
 
     (chosen,) = wire.slots.choose([learned], [slots.LATENTS])
-    start = wire.slots.memory(
-        [wire.opening_rows], wire.slots.latents([learned], [chosen]), [chosen.at], [len(learned.ids)]
-    )
+    start = wire.behind_openings([learned], [chosen], wire.slots.decoded(wire.slots.latents([learned], [chosen])))
     assert nll(run_ceilings.cram(wire, [learned], None)) < 0.5 * nll(start)
     narrow, wide = (run_ceilings.untrained(wire, width) for width in (16, 256))
     assert nll(wide.receive([wide.send(learned)])) < nll(narrow.receive([narrow.send(learned)]))

@@ -11,7 +11,7 @@ from conftest import CPU, HERE, QUICK, run_stage, save_random_llm, succeed
 from test_models import ARCHITECTURES, MORE, TEMPLATE, families
 
 import stage3_full as stage3
-from common import generate, load_reader, make_prompt
+from common import PROMPT, generate, load_reader, make_prompt
 from plumbing import hub
 from plumbing.launch import UserError
 from plumbing.wires import load_wire
@@ -120,9 +120,25 @@ def test_a_chat_template_stands_before_every_context(random_llm):
     assert torch.equal(memory.rows[0, : passage.opening], wire.opening_rows[: passage.opening])
 
 
+def test_a_chat_template_may_strip_the_end_of_a_question(random_llm):
+    reader = load_reader(str(random_llm), CPU, torch.float32)
+    reader.tokenizer.chat_template = TEMPLATE.replace("message.content", "message.content | trim")
+    passage = Passage(reader, [{"context": "Ada lives in Paris.", "question": "Where? \n"}])
+    assert passage.ids + passage.tails[0] == make_prompt(reader, "Ada lives in Paris.", "Where? \n").ids
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return load_reader("tiny", CPU, torch.float32)
+
+
+def test_a_context_is_cut_for_the_question_with_most_tokens(tiny):
+    asked = ["What is the name of the man in the house?", "Xq-zv-kj-wq-px-zk-qv-jx-zq?"]
+    rows = [
+        [{"context": context, "question": question} for question in asked] for context in ("A bee.", 999 * "A bee. ")
+    ]
+    short, long = (Passage(tiny, part) for part in rows)
+    assert [len(tail) for tail in short.tails] == [len(tail) for tail in long.tails] and long.truncated
 
 
 def fitted(reader, passages: list[Passage]) -> tuple[slots.Wire, float]:
@@ -265,11 +281,16 @@ def test_several_questions_to_one_message(random_llm, ladder, tmp_path):
     assert together == [*(succeed(stage3, *on, *ask[:3], question).stdout.strip("\n") for question in ask[3:]), ""]
     assert "cut" not in succeed(stage3, *on, *ask).stderr
     run = run_stage(stage3, *on, "--receiver", "slots")
-    assert run.code == 2 and "ask them here" in run.stderr
+    assert run.code == 2 and "give a --question" in run.stderr
+    whole = PROMPT.format(context=TEXT, question="x")
+    sender = stage3.load_sender(load_wire(str(wire), "stage3", stage3.WIRE))
+    (tmp_path / "prompt").write_bytes(sender.send(whole, "prompt"))
+    run = run_stage(stage3, *on[:5], tmp_path / "prompt", *ask)
+    assert run.code == 2 and "send it without --question" in run.stderr
     (tmp_path / "message").write_bytes(
         stage3.load_sender(load_wire(str(wire), "stage3", stage3.WIRE)).send(100 * TEXT, "context")
     )
-    assert "tokens: cut at its end" in succeed(stage3, *on, *ask).stderr
+    assert "the context is cut at its end" in succeed(stage3, *on, *ask).stderr
 
 
 def test_slots_are_found_beside_the_sender(random_llm, ladder, tmp_path):
@@ -301,6 +322,7 @@ def test_slots_flags_are_refused_where_there_are_none(random_llm):
     (
         (("--latents", "0"), "--latents: must be a whole number of at least 1"),
         (("--rate", "nan"), "--rate: must be a number above 0"),
+        (("--rate", "0.9"), "--rate: must be at least 1"),
         (("--gradient-checkpointing",), "slots take keys and values from all layers"),
         (("--data", "text"), "slots learn from answers"),
         (("--corpus", "x"), "unrecognized arguments: --corpus x"),

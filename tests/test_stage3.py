@@ -347,7 +347,7 @@ def test_an_llm_that_nothing_was_trained_for_reads_a_message(random_llm, tmp_pat
     succeed(stage3, "--receive", tmp_path / "message", "--model", random_llm)
     (tmp_path / "long").write_bytes(sender.send("One. " * 400, "context"))
     run = succeed(stage3, "--receive", tmp_path / "long", "--model", random_llm, "--question", QUESTION)
-    assert run.stderr == "note: the context exceeds 224 tokens: cut at its end\n"
+    assert run.stderr == "note: the prompt exceeds 224 tokens: the context is cut at its end\n"
     run = run_stage(stage3, "--receive", tmp_path / "long", "--model", random_llm, "--question", "Why? " * 300)
     assert run.code == 2 and "does not fit into 224 tokens" in run.stderr and run.stderr.count("\n") == 1
 
@@ -359,6 +359,7 @@ def test_wrong_uses_are_one_line(tmp_path, sender, random_llm):
     (tmp_path / "latin.json").write_bytes(b'{"data": "caf\xe9"}')
     for flags, words in (
         (("--send", "x", "--receive", "y"), "separate processes"),
+        (("--send", "x", "--eval-only", "y"), "give it as --wire"),
         (("--send", "x", "--wire-carries", "prompt"), "needs a --question"),
         (("--send", " "), "no text to send"),
         (("--send", "x", "--question", "y", "--wire-carries", "context"), "drop --question"),
