@@ -77,6 +77,7 @@ CURVE = 1, 2, 3, 4  # tokens of a context for each slot, at which every evaluati
 
 
 def rate(text: str) -> float:
+    """Tokens of a context for each slot, from the command line. Raises ArgumentTypeError."""
     value = positive_float(text)
     if value < 1:
         raise ArgumentTypeError(f"must be at least 1, not {text!r}: a slot stands for at least one token")

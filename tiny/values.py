@@ -249,7 +249,7 @@ class Maker:
     def listed(self, kind: str) -> str:
         """A name of the lists, or a blend of two."""
         rng, names = self.rng, names_of(kind, self.split)
-        if not self.blended or rng.random() >= self.blended:
+        if not self.blended or rng.random() >= self.blended:  # without blends, nothing is drawn: old passages stay
             return rng.choice(names)
         while True:
             first, last = rng.sample(names, 2)
