@@ -59,7 +59,7 @@ STAGE = "slots"  # of the wire; it is started as stage3_full.py --receiver slots
 CONFIG = dict(
     model="tiny",  # an alias, hub id or directory; tiny is embedded and needs no download
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=5000,  # fifty minutes on one core in bfloat16, twice as many in float32
+    steps=3000,  # an hour on one core
     batch_size=8,  # passages a step
     lr=2e-3,  # peak
 )
@@ -73,6 +73,8 @@ RATES = 1.0, 5.0  # tokens of a context for each slot, drawn anew for each passa
 QUESTIONS = 6  # about each passage of a step
 ALL = 100  # questions about each passage that scorers and PCA are fitted on, if there are so many
 KNOWN = 300  # passages that scorers and PCA are fitted on
+SCORER_STEPS, SCORER_PASSAGES, SCORER_LR = 1000, 4, 1e-3  # of the scorers' training, which begins at that fit
+NOISE, SOFTNESS = 0.3, 0.05  # of its gates, on a scale that is nearly the logarithm of a score
 CURVE = 1, 2, 3, 4  # tokens of a context for each slot, at which every evaluation measures F1, too
 
 
@@ -238,20 +240,35 @@ def stacked(openings: list[Tensor], rows: list[Tensor], at: list[Tensor], length
     return Memory(padded_rows, places, real, torch.tensor(lengths, device=device))
 
 
+def whole(slots: Slots, passages: list[Passage]) -> Memory:
+    """Memory of contexts with the keys and values of all their tokens."""
+    rows = [row[: len(passage.ids)] for row, passage in zip(slots.rows(passages), passages, strict=True)]
+    at, nothing = [torch.arange(len(row), device=row.device) for row in rows], [row[:0] for row in rows]
+    return stacked(nothing, rows, at, [len(row) for row in rows])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the start: scorers and a PCA, fitted on the frozen LLM
 
 
+@contextlib.contextmanager
+def eager(reader: Reader) -> Iterator[None]:
+    """Inside, the LLM attends with "eager" code: the only one that returns attentions, and that always takes a mask."""
+    before = reader.model.config._attn_implementation
+    reader.model.set_attn_implementation("eager")
+    yield
+    if reader.device.type != "cpu":  # on a CPU, "eager" stays: it is the faster one in bfloat16
+        reader.model.set_attn_implementation(before)
+
+
 @torch.no_grad()
 def fit_scorer(slots: Slots, passages: list[Passage]) -> None:
-    """Fit what chooses tokens: a linear map for each head, by ridge regression.
+    """Fit what chooses tokens: a linear map for each head, by ridge regression. The LLM attends "eager"ly.
 
     Its target is the most attention that the head pays a token while the LLM writes the answers to all questions about
     its passage.
     """
     reader, gram, moment = slots.reader, 0.0, 0.0
-    before = reader.model.config._attn_implementation
-    reader.model.set_attn_implementation("eager")  # the only one that returns attentions
     for passage in passages:
         n, paid = len(passage.ids), torch.zeros(())
         for part in micro_batches(list(zip(passage.tails, passage.answers, strict=True)), 8):
@@ -266,9 +283,74 @@ def fit_scorer(slots: Slots, passages: list[Passage]) -> None:
                 paid = pays[:, first : first + len(answer), :n].float().amax(1).maximum(paid.to(pays.device))  # [H, n]
         (seen,) = slots.seen([passage])
         gram, moment = gram + seen.T @ seen, moment + seen.T @ paid.T
-    if reader.device.type != "cpu":  # on a CPU, "eager" stays: it is the faster one in bfloat16
-        reader.model.set_attn_implementation(before)
     slots.scorer.copy_(torch.linalg.solve(gram + 10 * torch.eye(len(gram), device=gram.device), moment))
+
+
+def gates(scores: Tensor, count: int) -> Tensor:
+    """[T,H] log of how far each head's gate is open to each token: almost 0 or very negative, with noise on the edge.
+
+    The gates of the `count` largest of its scores [T,H] are open. Noise moves tokens over the edge, so that the loss
+    can tell what they are worth, and no answer can live on gates that are half open.
+    """
+    chance = torch.rand_like(scores).clamp(1e-4, 1 - 1e-4)
+    scores = torch.asinh(scores / 0.01) + NOISE * chance.logit()  # asinh: a logarithm that takes negative numbers
+    ordered, last = scores.sort(0, descending=True).values, min(count, len(scores) - 1)
+    return F.logsigmoid((scores - ordered[last - 1 : last + 1].mean(0)) / SOFTNESS)
+
+
+@contextlib.contextmanager
+def behind_gates(layout: Layout, opened: Tensor) -> Iterator[None]:
+    """Inside, the LLM, with "eager" attention, looks at its cache of S tokens through gates [B,S,H]."""
+    parts = opened.split(layout.layers, -1)
+
+    def look(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        mask = kwargs["attention_mask"]  # [B, 1, T, S + T]
+        part = parts[module.layer_idx].transpose(1, 2)[:, :, None].to(mask)  # [B, H of the layer, 1, S]
+        part = part.repeat_interleave(module.config.num_attention_heads // part.shape[1], 1)
+        return args, kwargs | {"attention_mask": mask + F.pad(part, (0, mask.shape[-1] - part.shape[-1]))}
+
+    attentions = [m for m in layout.reader.model.modules() if "Attention" in type(m).__name__]
+    attentions = [m for m in attentions if getattr(m, "layer_idx", None) in range(len(parts))]
+    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in attentions]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def learn_scorer(slots: Slots, passages_of: Callable[[int], list[Passage]], steps: int, drawn: random.Random) -> None:
+    """Train what chooses tokens on the loss of answers, where each head sees the tokens that it may keep.
+
+    passages_of: what a step learns from. The scorers begin as `fit_scorer` leaves them.
+    """
+    layout, start = slots.layout, slots.scorer.clone()
+    with torch.no_grad():
+        scores = [slots.seen([passage])[0] @ start for passage in passages_of(0)]
+    size = torch.cat(scores).std(0)  # [H]
+    learned = torch.zeros_like(start, requires_grad=True)
+    optimizer = torch.optim.Adam([learned], betas=BETAS)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = SCORER_LR * min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
+        passages = passages_of(step)
+        with torch.no_grad():
+            seen, memory = slots.seen(passages), whole(slots, passages)
+        opened = []
+        for passage, part, count in zip(passages, seen, draw_counts(drawn, passages), strict=True):
+            scores = part[passage.opening : len(passage.ids)] @ (start + learned * size)
+            opened.append(F.pad(gates(scores, count), (0, 0, passage.opening, 0)))
+        opened = pad_sequence(opened, batch_first=True, padding_side="left")
+        of = [i for i, passage in enumerate(passages) for _ in passage.tails]
+        with behind_gates(layout, opened[of]):
+            nll = nll_behind(layout, memory, passages)
+        ce = nll / sum(len(answer) for passage in passages for answer in passage.answers)
+        ce.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 100 == 0:
+            print(f"scorers: step {step + 1}/{steps}  ce {ce:.4g}", flush=True)
+    slots.scorer.copy_((start + learned * size).detach())
 
 
 def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> float:
@@ -453,7 +535,14 @@ def main() -> None:
         start.scorer.copy_(slots.scorer)  # it does not learn
     else:
         print("scorers", flush=True)
-        fit_scorer(start, passages)
+
+        def passages_of(step: int) -> list[Passage]:
+            found = data.train_passages(args.seed, known + step * SCORER_PASSAGES, SCORER_PASSAGES, QUESTIONS)
+            return [Passage(reader, rows) for rows in found]
+
+        with eager(reader):
+            fit_scorer(start, passages)
+            learn_scorer(start, passages_of, 10 if args.smoke else SCORER_STEPS, random.Random(args.seed))
     print("PCA", flush=True)
     explained = fit_latents(before, passages, random.Random(args.seed))
     if not saved:
