@@ -3,8 +3,9 @@
     python results/run_ceilings.py                    # both readers, half an hour on one core
     python results/make.py                            # the table in results/README.md
 
-- pairs: the keys and values of some pairs of a head and a token, those that the shipped slots' scorer wants most in all
-  layers and heads together. Heads keep different numbers of tokens, so this saves numbers, not positions.
+- pairs: the keys and values of some pairs of a head and a token, those with the largest scores in all layers and heads
+  together. The scorer is trained for that, as that of slots is for theirs. Heads keep different numbers of tokens, so
+  this saves numbers, not positions.
 - bits: the keys and values of all tokens, with 8 or 4 bits a number.
 - PCA: latents of other widths before any training, and slots whose numbers all stay.
 - crammed: latents that are optimised for one passage alone, through the shipped adapter, on some wordings of its
@@ -14,6 +15,7 @@
 import argparse
 import functools
 import json
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -27,16 +29,18 @@ from torch.nn.utils.rnn import pad_sequence
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from common import MAX_NEW_TOKENS, load_reader, score  # noqa: E402
+from common import MAX_NEW_TOKENS, Reader, load_reader, score  # noqa: E402
+from plumbing.data import Data  # noqa: E402
 from plumbing.launch import commit, versions  # noqa: E402
 from plumbing.report import rounded  # noqa: E402
 from plumbing.training import micro_batches  # noqa: E402
 from results.run_readers import MODELS, attending  # noqa: E402
-from stage3 import slots  # noqa: E402
-from stage3.cache import Passage, answers_behind, nll_behind  # noqa: E402
+from stage3 import scorers, slots  # noqa: E402
+from stage3.cache import Layout, Memory, Passage, answers_behind, nll_behind, whole  # noqa: E402
 from stage3_full import SHIPPED  # noqa: E402
 from tiny import world  # noqa: E402
 
+BUDGETS = 4, 8, 16  # pairs for each that stays
 WIDTHS = 64, 128, slots.LATENT_WIDTH, 512
 STEPS, RATE = 60, 0.1  # of crammed latents: Adam's steps and its learning rate, which falls to zero
 WORDINGS, TAUGHT, ASKED = 4, 24, 6  # drawn of each question; questions of a passage to learn from, and to answer
@@ -46,12 +50,36 @@ WORDINGS, TAUGHT, ASKED = 4, 24, 6  # drawn of each question; questions of a pas
 # pairs of a head and a token
 
 
+def training_passages(reader: Reader, first: int, count: int, questions: int) -> list[Passage]:
+    rows = Data("qa", None, [], []).train_passages(0, first, count, questions)
+    return [Passage(reader, part) for part in rows]
+
+
+def pair_scorer(layout: Layout) -> Tensor:
+    """[6d+1,H]: a scorer whose gates are open for the largest scores of all heads together."""
+    drawn, (low, high) = random.Random(0), map(math.log, (min(BUDGETS), max(BUDGETS)))
+
+    def passages_of(step: int) -> list[Passage]:
+        return training_passages(
+            layout.reader, slots.KNOWN + step * scorers.PASSAGES, scorers.PASSAGES, slots.QUESTIONS
+        )
+
+    def opened(scores: Tensor) -> Tensor:
+        pairs = round(scores.numel() / math.exp(drawn.uniform(low, high)))
+        return scorers.gates(scores.flatten()[:, None], pairs).view_as(scores)
+
+    torch.manual_seed(0)
+    with scorers.eager(layout.reader):
+        fitted = scorers.fit_scorer(layout, training_passages(layout.reader, 0, slots.KNOWN, slots.ALL))
+        return scorers.learn_scorer(layout, fitted, passages_of, opened, scorers.STEPS)
+
+
 @torch.inference_mode()
-def kept_pairs(wire: slots.Wire, passage: Passage, budget: int) -> Tensor:
+def kept_pairs(layout: Layout, scorer: Tensor, passage: Passage, budget: int) -> Tensor:
     """[H,T] bool: of all pairs of a head and a token, those that the scorer wants most; one of `budget` stays."""
-    wanted = (wire.slots.seen([passage]) @ wire.slots.scorer)[0].T.clone()  # [H, T]
+    wanted = (scorers.seen(layout.reader, [passage]) @ scorer)[0].T.clone()  # [H, T]
     wanted[:, : passage.opening] = float("-inf")
-    pairs = wire.slots.layout.heads * (len(passage.ids) - passage.opening) // budget
+    pairs = layout.heads * (len(passage.ids) - passage.opening) // budget
     kept = torch.zeros(wanted.shape, dtype=torch.bool)
     kept.view(-1)[wanted.flatten().topk(pairs).indices] = True
     kept[:, : passage.opening] = True
@@ -59,9 +87,9 @@ def kept_pairs(wire: slots.Wire, passage: Passage, budget: int) -> Tensor:
 
 
 @torch.inference_mode()
-def answers_from_pairs(wire: slots.Wire, passages: list[Passage], kept: list[Tensor]) -> list[str]:
+def answers_from_pairs(layout: Layout, passages: list[Passage], kept: list[Tensor]) -> list[str]:
     """Greedy answers to the first question about each passage, where question and answer see only the `kept` pairs."""
-    reader, layers = wire.reader, wire.slots.layout.layers
+    reader, layers = layout.reader, layout.layers
     queries = reader.model.config.num_attention_heads
     texts, found, done = [passage.ids + passage.tails[0] for passage in passages], [[] for _ in passages], set()
     while len(done) < len(texts) and len(found[0]) < MAX_NEW_TOKENS:
@@ -97,12 +125,12 @@ def with_bits(rows: Tensor, shapes: list[tuple[int, int]], bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def read_whole(wire: slots.Wire, passages: list[Passage], bits: int | None = None) -> slots.Memory:
+def read_whole(wire: slots.Wire, passages: list[Passage], bits: int | None = None) -> Memory:
     """Memory of passages with the keys and values of all their tokens."""
-    rows = [row[: len(passage.ids)] for row, passage in zip(wire.slots.rows(passages), passages, strict=True)]
-    rows = [with_bits(row, wire.slots.layout.shapes, bits) if bits else row for row in rows]
-    at, nothing = [torch.arange(len(row)) for row in rows], [row[:0] for row in rows]
-    return slots.stacked(nothing, rows, at, [len(row) for row in rows])
+    memory = whole(wire.slots.layout, passages)
+    if bits:
+        memory.rows = torch.stack([with_bits(rows, wire.slots.layout.shapes, bits) for rows in memory.rows])
+    return memory
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,8 +142,7 @@ def untrained(wire: slots.Wire, width: int) -> slots.Wire:
     start = slots.Slots(wire.reader, width)
     start.scorer.copy_(wire.slots.scorer)
     before = slots.Wire(start, wire.count)
-    known = [world.make_questions("train", 0, i)[: slots.ALL] for i in range(slots.KNOWN)]
-    slots.fit_latents(before, [Passage(wire.reader, rows) for rows in known], random.Random(0))
+    slots.fit_latents(before, training_passages(wire.reader, 0, slots.KNOWN, slots.ALL), random.Random(0))
     return before
 
 
@@ -147,7 +174,7 @@ def two_wordings(count: int) -> list[tuple[list[dict], list[dict]]]:
     return found
 
 
-def cram(wire: slots.Wire, taught: list[Passage], rate: float | None) -> slots.Memory:
+def cram(wire: slots.Wire, taught: list[Passage], rate: float | None) -> Memory:
     """Memory of passages whose latents are optimised for the answers to what they are taught; rate: tokens a latent."""
     model, counts = wire.slots, [passage.count(rate) if rate else slots.LATENTS for passage in taught]
     chosen = model.choose(taught, counts)
@@ -182,17 +209,20 @@ def measure(name: str, examples: int, passages: int) -> dict:
         f1[what] = score(answers, rows)[0]
         print(name, what, f1[what], flush=True)
 
-    def from_pairs(budget: int, part: list[Passage]) -> list[str]:
-        return answers_from_pairs(wire, part, [kept_pairs(wire, passage, budget) for passage in part])
+    scorer = pair_scorer(model.layout)
 
-    def behind(memory_of: Callable[[list[Passage]], slots.Memory], part: list[Passage]) -> list[str]:
+    def from_pairs(budget: int, part: list[Passage]) -> list[str]:
+        kept = [kept_pairs(model.layout, scorer, passage, budget) for passage in part]
+        return answers_from_pairs(model.layout, part, kept)
+
+    def behind(memory_of: Callable[[list[Passage]], Memory], part: list[Passage]) -> list[str]:
         return answers_behind(model.layout, memory_of(part), [passage.tails[0] for passage in part])
 
-    def through_pca(width: int) -> Callable[[list[Passage]], slots.Memory]:
+    def through_pca(width: int) -> Callable[[list[Passage]], Memory]:
         before = untrained(wire, width)
         return lambda part: before.receive([before.send(passage) for passage in part])
 
-    ways = {f"pairs, {budget}x": functools.partial(from_pairs, budget) for budget in (4, 8, 16)}
+    ways = {f"pairs, {budget}x": functools.partial(from_pairs, budget) for budget in BUDGETS}
     memories = {"all pairs": functools.partial(read_whole, wire)}
     memories |= {f"{bits} bits": functools.partial(read_whole, wire, bits=bits) for bits in (8, 4)}
     memories |= {f"PCA of {width}": through_pca(width) for width in WIDTHS} | {"selection": wire.selected}

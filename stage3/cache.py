@@ -166,6 +166,28 @@ class Layout:
         return cache
 
 
+def stacked(openings: list[Tensor], rows: list[Tensor], at: list[Tensor], lengths: list[int]) -> Memory:
+    """Memory of contexts from the rows [S,n] at the positions [S] of each, behind the rows of its opening."""
+    device = rows[0].device
+    rows = [torch.cat(pair) for pair in zip(openings, rows, strict=True)]
+    pairs = zip(openings, at, strict=True)
+    at = [torch.cat([torch.arange(len(opening), device=device), part]) for opening, part in pairs]
+    padded_rows, places, real = (
+        pad_sequence(parts, batch_first=True, padding_side="left")
+        for parts in (rows, at, [torch.ones_like(part) for part in at])
+    )
+    return Memory(padded_rows, places, real, torch.tensor(lengths, device=device))
+
+
+def whole(layout: Layout, passages: list[Passage]) -> Memory:
+    """Memory of contexts with the rows of all their tokens."""
+    ids, real = padded([passage.ids for passage in passages], layout.reader.device)
+    pairs = zip(layout.read(real, input_ids=ids), passages, strict=True)
+    rows = [row[: len(passage.ids)] for row, passage in pairs]
+    at, nothing = [torch.arange(len(row), device=row.device) for row in rows], [row[:0] for row in rows]
+    return stacked(nothing, rows, at, [len(row) for row in rows])
+
+
 def logits_behind(layout: Layout, memory: Memory, of: list[int], tails: list[list[int]], first: list[int]) -> Tensor:
     """[targets,V] float32: what the frozen LLM predicts for the tokens of each tail from its `first` one on.
 

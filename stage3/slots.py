@@ -28,14 +28,11 @@ import random
 import struct
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from common import Reader, check_prompts, load_reader
 from plumbing.arguments import Parser, add_arguments, finish_arguments, merge_with_saved, positive_float, positive_int
@@ -49,7 +46,8 @@ from plumbing.processes import my_share
 from plumbing.report import finish
 from plumbing.training import Run, micro_batches, must_match
 from plumbing.wires import MODULE, Contents, SavedWire, load_module, load_wire, open_out
-from stage3.cache import Layout, Memory, Passage, answers_behind, nll_behind, opening_ids, padded
+from stage3 import scorers
+from stage3.cache import Layout, Memory, Passage, answers_behind, nll_behind, opening_ids, padded, stacked
 from stage3.evaluation import measure_slots, slot_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,8 +71,6 @@ RATES = 1.0, 5.0  # tokens of a context for each slot, drawn anew for each passa
 QUESTIONS = 6  # about each passage of a step
 ALL = 100  # questions about each passage that scorers and PCA are fitted on, if there are so many
 KNOWN = 300  # passages that scorers and PCA are fitted on
-SCORER_STEPS, SCORER_PASSAGES, SCORER_LR = 1000, 4, 1e-3  # of the scorers' training, which begins at that fit
-NOISE, SOFTNESS = 0.3, 0.05  # of its gates, on a scale that is nearly the logarithm of a score
 CURVE = 1, 2, 3, 4  # tokens of a context for each slot, at which every evaluation measures F1, too
 
 
@@ -142,18 +138,6 @@ class Update(nn.Module):
                 hook.remove()
 
 
-@dataclass
-class Choice:
-    """The tokens of one context that stay."""
-
-    at: Tensor  # [S] where each slot stands
-    tokens: Tensor  # [S, H] the token that each head keeps there
-
-    def rows(self, rows: Tensor, owners: Tensor) -> Tensor:
-        """Rows [S,n] of slots, from those [T,n] of tokens. owners: the head [n] of each number."""
-        return rows.gather(0, self.tokens[:, owners])
-
-
 class Slots(nn.Module):
     """A context -> latents [S,256] and where their tokens stood; latents -> keys and values of slots."""
 
@@ -172,41 +156,11 @@ class Slots(nn.Module):
         ids, real = padded([passage.ids for passage in passages], self.reader.device)
         return self.layout.read(real, input_ids=ids)
 
-    def seen(self, passages: list[Passage]) -> Tensor:
-        """[B,T,6d+1]: what the scorer sees of contexts.
+    def choose(self, passages: list[Passage], counts: list[int]) -> list[scorers.Choice]:
+        """The `counts` slots of each context."""
+        return scorers.choose(self.reader, self.scorer, passages, counts)
 
-        These are a token's states in four layers of the LLM as it is, and the last states of the two tokens before it.
-        """
-        ids, real = padded([passage.ids for passage in passages], self.reader.device)
-        states = self.reader.model(
-            input_ids=ids, attention_mask=real, use_cache=False, output_hidden_states=True, logits_to_keep=1
-        ).hidden_states
-        layers = len(states) - 1
-        states = [states[math.ceil(layers * part / 4)].to(ids.device).float() for part in (1, 2, 3, 4)]
-        states = [state * state.square().mean(-1, keepdim=True).rsqrt() for state in states]
-        before = [F.pad(states[-1], (0, 0, back, 0))[:, :-back] for back in (1, 2)]
-        return F.pad(torch.cat([*states, *before], -1), (0, 1), value=1.0)
-
-    @torch.no_grad()
-    def choose(self, passages: list[Passage], counts: list[int]) -> list[Choice]:
-        """The `counts` slots of each context, in the text's order.
-
-        They stand at the tokens whose scores have the largest sums over all heads. A head keeps its own best tokens:
-        where it does not want a slot's token, it keeps another there.
-        """
-        scores = self.seen(passages) @ self.scorer  # [B, T, H]
-        scores, chosen = scores.round(decimals=3), []  # so that ties are the same on every machine
-        for passage, part, count in zip(passages, scores, counts, strict=True):
-            part = part[passage.opening : len(passage.ids)]
-            at = best(part.sum(1, keepdim=True), count)[:, 0]
-            wanted = torch.zeros_like(part, dtype=torch.bool).scatter(0, best(part, count), True)
-            tokens, unwanted = at[:, None].repeat(1, part.shape[1]), ~wanted[at]
-            wanted[at] = False
-            tokens.T[unwanted.T] = wanted.T.nonzero()[:, 1]  # a head has as many of these as unwanted slots
-            chosen.append(Choice(passage.opening + at, passage.opening + tokens))
-        return chosen
-
-    def latents(self, passages: list[Passage], chosen: list[Choice]) -> list[Tensor]:
+    def latents(self, passages: list[Passage], chosen: list[scorers.Choice]) -> list[Tensor]:
         """[S,256] of each context, where the `chosen` tokens stay."""
         ids, real = padded([passage.ids for passage in passages], self.reader.device)
         zeros = torch.zeros(ids.shape[1], device=ids.device)
@@ -222,135 +176,8 @@ class Slots(nn.Module):
         return [self.adapter(part) * self.scale for part in latents]
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Places [count,H] of the largest scores [T,H] of each column, in order."""
-    return scores.argsort(dim=0, descending=True, stable=True)[:count].sort(0).values
-
-
-def stacked(openings: list[Tensor], rows: list[Tensor], at: list[Tensor], lengths: list[int]) -> Memory:
-    """Memory of contexts from the rows [S,n] at the positions [S] of each, behind the rows of its opening."""
-    device = rows[0].device
-    rows = [torch.cat(pair) for pair in zip(openings, rows, strict=True)]
-    pairs = zip(openings, at, strict=True)
-    at = [torch.cat([torch.arange(len(opening), device=device), part]) for opening, part in pairs]
-    padded_rows, places, real = (
-        pad_sequence(parts, batch_first=True, padding_side="left")
-        for parts in (rows, at, [torch.ones_like(part) for part in at])
-    )
-    return Memory(padded_rows, places, real, torch.tensor(lengths, device=device))
-
-
-def whole(slots: Slots, passages: list[Passage]) -> Memory:
-    """Memory of contexts with the keys and values of all their tokens."""
-    rows = [row[: len(passage.ids)] for row, passage in zip(slots.rows(passages), passages, strict=True)]
-    at, nothing = [torch.arange(len(row), device=row.device) for row in rows], [row[:0] for row in rows]
-    return stacked(nothing, rows, at, [len(row) for row in rows])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the start: scorers and a PCA, fitted on the frozen LLM
-
-
-@contextlib.contextmanager
-def eager(reader: Reader) -> Iterator[None]:
-    """Inside, the LLM attends with "eager" code: the only one that returns attentions, and that always takes a mask."""
-    before = reader.model.config._attn_implementation
-    reader.model.set_attn_implementation("eager")
-    yield
-    if reader.device.type != "cpu":  # on a CPU, "eager" stays: it is the faster one in bfloat16
-        reader.model.set_attn_implementation(before)
-
-
-@torch.no_grad()
-def fit_scorer(slots: Slots, passages: list[Passage]) -> None:
-    """Fit what chooses tokens: a linear map for each head, by ridge regression. The LLM attends "eager"ly.
-
-    Its target is the most attention that the head pays a token while the LLM writes the answers to all questions about
-    its passage.
-    """
-    reader, gram, moment = slots.reader, 0.0, 0.0
-    for passage in passages:
-        n, paid = len(passage.ids), torch.zeros(())
-        for part in micro_batches(list(zip(passage.tails, passage.answers, strict=True)), 8):
-            ids, real = padded([passage.ids + tail + answer for tail, answer in part], reader.device)
-            output = reader.model(input_ids=ids, attention_mask=real, use_cache=False, output_attentions=True)
-            # [questions, H, T, T]: of the queries that share a head's keys and values, the one that attends most;
-            # layers may be fewer than attentions, where the last ones use keys and values of others
-            layers = zip(output.attentions, slots.layout.layers, strict=False)
-            attention = [layer.unflatten(1, (heads, -1)).amax(2).to(reader.device) for layer, heads in layers]
-            for pays, (tail, answer) in zip(torch.cat(attention, 1), part, strict=True):
-                first = n + len(tail) - 1
-                paid = pays[:, first : first + len(answer), :n].float().amax(1).maximum(paid.to(pays.device))  # [H, n]
-        (seen,) = slots.seen([passage])
-        gram, moment = gram + seen.T @ seen, moment + seen.T @ paid.T
-    slots.scorer.copy_(torch.linalg.solve(gram + 10 * torch.eye(len(gram), device=gram.device), moment))
-
-
-def gates(scores: Tensor, count: int) -> Tensor:
-    """[T,H] log of how far each head's gate is open to each token: almost 0 or very negative, with noise on the edge.
-
-    The gates of the `count` largest of its scores [T,H] are open. Noise moves tokens over the edge, so that the loss
-    can tell what they are worth, and no answer can live on gates that are half open.
-    """
-    chance = torch.rand_like(scores).clamp(1e-4, 1 - 1e-4)
-    scores = torch.asinh(scores / 0.01) + NOISE * chance.logit()  # asinh: a logarithm that takes negative numbers
-    ordered, last = scores.sort(0, descending=True).values, min(count, len(scores) - 1)
-    return F.logsigmoid((scores - ordered[last - 1 : last + 1].mean(0)) / SOFTNESS)
-
-
-@contextlib.contextmanager
-def behind_gates(layout: Layout, opened: Tensor) -> Iterator[None]:
-    """Inside, the LLM, with "eager" attention, looks at its cache of S tokens through gates [B,S,H]."""
-    parts = opened.split(layout.layers, -1)
-
-    def look(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        mask = kwargs["attention_mask"]  # [B, 1, T, S + T]
-        part = parts[module.layer_idx].transpose(1, 2)[:, :, None].to(mask)  # [B, H of the layer, 1, S]
-        part = part.repeat_interleave(module.config.num_attention_heads // part.shape[1], 1)
-        return args, kwargs | {"attention_mask": mask + F.pad(part, (0, mask.shape[-1] - part.shape[-1]))}
-
-    attentions = [m for m in layout.reader.model.modules() if "Attention" in type(m).__name__]
-    attentions = [m for m in attentions if getattr(m, "layer_idx", None) in range(len(parts))]
-    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in attentions]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def learn_scorer(slots: Slots, passages_of: Callable[[int], list[Passage]], steps: int, drawn: random.Random) -> None:
-    """Train what chooses tokens on the loss of answers, where each head sees the tokens that it may keep.
-
-    passages_of: what a step learns from. The scorers begin as `fit_scorer` leaves them.
-    """
-    layout, start = slots.layout, slots.scorer.clone()
-    with torch.no_grad():
-        scores = [slots.seen([passage])[0] @ start for passage in passages_of(0)]
-    size = torch.cat(scores).std(0)  # [H]
-    learned = torch.zeros_like(start, requires_grad=True)
-    optimizer = torch.optim.Adam([learned], betas=BETAS)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = SCORER_LR * min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
-        passages = passages_of(step)
-        with torch.no_grad():
-            seen, memory = slots.seen(passages), whole(slots, passages)
-        opened = []
-        for passage, part, count in zip(passages, seen, draw_counts(drawn, passages), strict=True):
-            scores = part[passage.opening : len(passage.ids)] @ (start + learned * size)
-            opened.append(F.pad(gates(scores, count), (0, 0, passage.opening, 0)))
-        opened = pad_sequence(opened, batch_first=True, padding_side="left")
-        of = [i for i, passage in enumerate(passages) for _ in passage.tails]
-        with behind_gates(layout, opened[of]):
-            nll = nll_behind(layout, memory, passages)
-        ce = nll / sum(len(answer) for passage in passages for answer in passage.answers)
-        ce.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 100 == 0:
-            print(f"scorers: step {step + 1}/{steps}  ce {ce:.4g}", flush=True)
-    slots.scorer.copy_((start + learned * size).detach())
 
 
 def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> float:
@@ -413,7 +240,7 @@ class Wire:
         """The same, with a latent for so many tokens of a context."""
         return Wire(self.slots, functools.partial(Passage.count, rate=rate))
 
-    def behind_openings(self, passages: list[Passage], chosen: list[Choice], rows: list[Tensor]) -> Memory:
+    def behind_openings(self, passages: list[Passage], chosen: list[scorers.Choice], rows: list[Tensor]) -> Memory:
         """Memory of the rows [S,n] of each passage's slots, behind the rows of its opening."""
         openings = [self.opening_rows[: passage.opening] for passage in passages]
         return stacked(openings, rows, [choice.at for choice in chosen], [len(passage.ids) for passage in passages])
@@ -456,10 +283,15 @@ class Wire:
 # the loss: answers to several questions about each context, from its slots
 
 
+def draw_rate(drawn: random.Random) -> float:
+    """Tokens of a context for each slot."""
+    low, high = map(math.log, RATES)
+    return math.exp(drawn.uniform(low, high))
+
+
 def draw_counts(drawn: random.Random, passages: list[Passage]) -> list[int]:
     """Slots of each passage, at a rate that is drawn anew for it."""
-    low, high = map(math.log, RATES)
-    return [passage.count(math.exp(drawn.uniform(low, high))) for passage in passages]
+    return [passage.count(draw_rate(drawn)) for passage in passages]
 
 
 def answer_loss(wire: Wire, passages: list[Passage], counts: list[int], targets: int) -> Tensor:
@@ -537,12 +369,16 @@ def main() -> None:
         print("scorers", flush=True)
 
         def passages_of(step: int) -> list[Passage]:
-            found = data.train_passages(args.seed, known + step * SCORER_PASSAGES, SCORER_PASSAGES, QUESTIONS)
+            found = data.train_passages(args.seed, known + step * scorers.PASSAGES, scorers.PASSAGES, QUESTIONS)
             return [Passage(reader, rows) for rows in found]
 
-        with eager(reader):
-            fit_scorer(start, passages)
-            learn_scorer(start, passages_of, 10 if args.smoke else SCORER_STEPS, random.Random(args.seed))
+        def opened(scores: Tensor) -> Tensor:
+            return scorers.gates(scores, math.ceil(len(scores) / draw_rate(drawn)))
+
+        steps, drawn = 10 if args.smoke else scorers.STEPS, random.Random(args.seed)
+        with scorers.eager(reader):
+            fitted = scorers.fit_scorer(start.layout, passages)
+            start.scorer.copy_(scorers.learn_scorer(start.layout, fitted, passages_of, opened, steps))
     print("PCA", flush=True)
     explained = fit_latents(before, passages, random.Random(args.seed))
     if not saved:

@@ -27,11 +27,11 @@ import stage3_full as stage3  # noqa: E402
 from plumbing.checkpoints import CHECKPOINT, read_checkpoint  # noqa: E402
 from plumbing.launch import launch  # noqa: E402
 from plumbing.wires import load_wire  # noqa: E402
-from stage3 import slots  # noqa: E402
+from stage3 import scorers, slots  # noqa: E402
 
 CPU = torch.device("cpu")
 stage3.PIECES, stage3.PIECE_TEXTS = 512, 100  # to learn 8,192 pieces from 8,000 texts takes ten seconds
-slots.KNOWN = 20  # passages that are read before the first step
+slots.KNOWN, scorers.STEPS = 20, 10  # before the first step
 QUICK = ("--steps", "4", "--batch-size", "4", "--eval-examples", "8")
 
 

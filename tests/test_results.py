@@ -225,11 +225,12 @@ def test_ceilings():
     text = answers_behind(layout, run_ceilings.read_whole(wire, passages), tails)
     assert answers_behind(layout, run_ceilings.read_whole(wire, passages, 16), tails) == text
     assert answers_behind(layout, run_ceilings.read_whole(wire, passages, 2), tails) != text
-    every = [run_ceilings.kept_pairs(wire, passage, 1) for passage in passages]
-    few = [run_ceilings.kept_pairs(wire, passage, 50) for passage in passages]
-    assert all(pairs.all() for pairs in every) and run_ceilings.answers_from_pairs(wire, passages, every) == text
+    scorer = run_ceilings.pair_scorer(layout)
+    every = [run_ceilings.kept_pairs(layout, scorer, passage, 1) for passage in passages]
+    few = [run_ceilings.kept_pairs(layout, scorer, passage, 50) for passage in passages]
+    assert all(pairs.all() for pairs in every) and run_ceilings.answers_from_pairs(layout, passages, every) == text
     assert all(0 < pairs.float().mean() < 0.1 for pairs in few)
-    assert run_ceilings.answers_from_pairs(wire, passages, few) != text
+    assert run_ceilings.answers_from_pairs(layout, passages, few) != text
     ((taught, to_answer),) = run_ceilings.two_wordings(1)
     assert not {row["question"] for row in taught} & {row["question"] for row in to_answer}
     assert len({row["context"] for row in taught + to_answer}) == 1
