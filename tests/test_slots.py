@@ -92,20 +92,18 @@ def eager(reader):
 
 
 def test_a_closed_gate_hides_a_token(eager):
-    if family(eager) == "mistral":
-        pytest.skip("its window of 64 slots reaches over more tokens where there are gaps")
+    if family(eager) in ("mistral", "gpt-oss"):
+        pytest.skip("its short window reaches over more tokens where there are gaps")
     layout, passage = Layout(eager), Passage(eager, ROWS[1])
     before, asked = len(passage.ids), ([0], [passage.tails[0] + passage.answers[0]], [len(passage.tails[0])])
     kept = sorted({0, *range(1, before, 3)})
     gates = torch.full((1, before, layout.heads), -1e4).index_fill(1, torch.tensor(kept), 0.0)
-    whole = prefilled(layout, passage.ids, list(range(before)))
+    everything, some = (prefilled(layout, passage.ids, tokens) for tokens in (list(range(before)), kept))
     with torch.no_grad():
         with scorers.behind_gates(layout, gates):
-            found = logits_behind(layout, whole, *asked)
-        torch.testing.assert_close(
-            found, logits_behind(layout, prefilled(layout, passage.ids, kept), *asked), rtol=1e-4, atol=1e-4
-        )
-        assert (found - logits_behind(layout, whole, *asked)).abs().max() > 1e-3  # and no gate is left behind
+            found = logits_behind(layout, everything, *asked)
+        gaps, text = (logits_behind(layout, memory, *asked) for memory in (some, everything))  # no gate is left behind
+    assert (found - gaps).abs().max() < 0.02 * (found - text).abs().max()
 
 
 def test_each_head_has_its_own_gates(eager):
