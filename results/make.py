@@ -226,10 +226,10 @@ def stage3_number() -> list[str]:
 def slots_number() -> list[str]:
     text = (
         "With {0[slots]:.0f} latents of 256 numbers for a context of {0[context_tokens]:.0f} tokens, {0[model]} keeps "
-        "{0[score][retention]}% of its F1 from text, and {1[model]} {1[score][retention]}%. Before training they keep "
-        "{2[0]:.1f} and {2[1]:.1f}%, and from text cut to as many positions {3[0]:.1f} and {3[1]:.1f}% "
-        "({0[examples]:,} test passages, {0[over]}): `{0[command]}`, or with `--model {1[model]}`. Stage 0, with "
-        "latents of the same shape, keeps {4[0]:.1f} and {4[1]:.1f}%."
+        "{0[score][retention]}% of its F1 from text, and {1[model]} {1[score][retention]}%. With scorers "
+        "and PCA alone they keep {2[0]:.1f} and {2[1]:.1f}%, and from text cut to as many positions {3[0]:.1f} and "
+        "{3[1]:.1f}% ({0[examples]:,} test passages, {0[over]}): `{0[command]}`, or with `--model {1[model]}`. "
+        "Stage 0, with latents of the same shape, keeps {4[0]:.1f} and {4[1]:.1f}%."
     )
     rows = readers(SLOTS)
     kept = [[100 * row[key] / row["text_f1"] for row in rows] for key in ("start_f1", "truncated_f1")]

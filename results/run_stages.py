@@ -100,7 +100,7 @@ def stage3(shared: str) -> dict[str, list[str]]:
 
 
 def slots(shared: str) -> dict[str, list[str]]:
-    """The slots of both readers: trained in bfloat16, measured in float32. Those of seed 0 are shipped."""
+    """The slots of both readers. Those of seed 0 are shipped."""
     runs = {}
     for model in WIDTHS:
         on = ["--receiver", "slots", "--model", model]
@@ -108,7 +108,7 @@ def slots(shared: str) -> dict[str, list[str]]:
         runs[f"{model}-seed0"] = shipped
         for seed in ("1", "2"):
             trained = f"{model}-trained{seed}"
-            runs[trained] = [*on, "--dtype", "bfloat16", "--seed", seed, "--eval-examples", "200"]
+            runs[trained] = [*on, "--seed", seed, "--eval-examples", "200"]
             runs[f"{model}-seed{seed}"] = [*on, "--eval-only", f"out/results/slots/{trained}"]
         for data in HARDEST:
             runs[f"{model}-{data.removeprefix('tiny-')}"] = [*shipped, "--data", data, "--eval-examples", "300"]

@@ -1,17 +1,17 @@
 """Stage 3, the last rung: stage 0's own shape, 32 latents of 256 numbers for a context, in the order that works.
 
     context -> frozen LLM + [update] -> keys and values of 32 slots  -> [encoder] -> 32 latents x 256
-               known    starts at zero  chosen by fitted scorers         starts at the PCA
+               known    starts at zero  chosen by trained scorers        starts at the PCA
     latents -> [adapter] -> keys and values of 32 slots -> frozen LLM, which reads the question behind them -> answer
                starts at the inverse PCA
 
 Everything starts as something that works. An LLM that has read a context keeps keys and values of every token. It can
-go on from those of a few tokens (*slots*), at their original positions. A scorer chooses them: those that the LLM
-attends to when it writes answers. Heads attend to different tokens, so each head chooses its own. A slot stands where
-one token stood. Most heads keep that token there; the others keep one that they want more. A PCA makes 256 numbers of
-the `n` that a slot has in all layers together; it looks at each number as closely as the answers depend on it. Then the
-training begins. A low-rank update of the LLM that reads the context learns to move what the other tokens say into those
-that stay; the two matrices around the latents learn with it, slowly. The LLM that answers is frozen, and has no update.
+go on from those of a few tokens (*slots*), at their original positions. Scorers choose them (stage3/scorers.py), and
+learn first: each head keeps tokens of its own, those that the answers need. A slot stands where one token stood. Most
+heads keep that token there; the others keep one that they want more. A PCA makes 256 numbers of the `n` that a slot has
+in all layers together; it looks at each number as closely as the answers depend on it. Then the training begins. A
+low-rank update of the LLM that reads the context learns to move what the other tokens say into those that stay; the two
+matrices around the latents learn with it, slowly. The LLM that answers is frozen, and has no update.
 
     python stage3_full.py --receiver slots --model tiny                                     # README has the scores
     python stage3_full.py --receiver slots --eval-only tiny/wires/stage3 --rate 2           # half as many positions
@@ -177,7 +177,7 @@ class Slots(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the start: scorers and a PCA, fitted on the frozen LLM
+# the start: a PCA, fitted on the frozen LLM
 
 
 def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> float:
@@ -357,7 +357,7 @@ def main() -> None:
     out = open_out(args)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # model: an update that is zero, the PCA of what the frozen LLM keeps, scorers of its attention
+    # model: an update that is zero, scorers that have learned, the PCA of what they choose
     slots, start = Slots(reader).to(device), Slots(reader).to(device)
     count, known = how_many(args), 10 if args.smoke else KNOWN
     wire, before = Wire(slots, count), Wire(start, count)
