@@ -1,6 +1,6 @@
 """What a frozen LLM could read of a context, whatever encodes it, as JSON in results/ceilings/.
 
-    python results/run_ceilings.py                    # both readers, half an hour on one core
+    python results/run_ceilings.py                    # both readers, two hours on one core
     python results/make.py                            # the table in results/README.md
 
 - pairs: the keys and values of some pairs of a head and a token, those with the largest scores in all layers and heads
@@ -51,27 +51,27 @@ WORDINGS, TAUGHT, ASKED = 4, 24, 6  # drawn of each question; questions of a pas
 
 
 def training_passages(reader: Reader, first: int, count: int, questions: int) -> list[Passage]:
+    """What slots are trained on: passages `first` .. `first + count - 1`, with up to so many questions about each."""
     rows = Data("qa", None, [], []).train_passages(0, first, count, questions)
     return [Passage(reader, part) for part in rows]
 
 
 def pair_scorer(layout: Layout) -> Tensor:
     """[6d+1,H]: a scorer whose gates are open for the largest scores of all heads together."""
-    drawn, (low, high) = random.Random(0), map(math.log, (min(BUDGETS), max(BUDGETS)))
+    low, high = math.log(min(BUDGETS)), math.log(max(BUDGETS))
 
     def passages_of(step: int) -> list[Passage]:
         return training_passages(
             layout.reader, slots.KNOWN + step * scorers.PASSAGES, scorers.PASSAGES, slots.QUESTIONS
         )
 
-    def opened(scores: Tensor) -> Tensor:
+    def gates_of(scores: Tensor, drawn: random.Random) -> Tensor:
         pairs = round(scores.numel() / math.exp(drawn.uniform(low, high)))
-        return scorers.gates(scores.flatten()[:, None], pairs).view_as(scores)
+        return scorers.gates(scores.flatten()[:, None], pairs, drawn).view_as(scores)
 
-    torch.manual_seed(0)
     with scorers.eager(layout.reader):
         fitted = scorers.fit_scorer(layout, training_passages(layout.reader, 0, slots.KNOWN, slots.ALL))
-        return scorers.learn_scorer(layout, fitted, passages_of, opened, scorers.STEPS)
+        return scorers.learn_scorer(layout, fitted, passages_of, gates_of, scorers.STEPS, 0)
 
 
 @torch.inference_mode()
@@ -203,13 +203,11 @@ def measure(name: str, examples: int, passages: int) -> dict:
     slots.restore_slots(model, saved)
     wire = slots.Wire(model.requires_grad_(False), lambda _: slots.LATENTS)
     rows = world.make_examples("test", examples)
-    asked, f1 = [Passage(reader, [row]) for row in rows], {}
+    asked, f1, scorer = [Passage(reader, [row]) for row in rows], {}, pair_scorer(model.layout)
 
     def scored(what: str, answers: list[str], rows: list[dict]) -> None:
         f1[what] = score(answers, rows)[0]
         print(name, what, f1[what], flush=True)
-
-    scorer = pair_scorer(model.layout)
 
     def from_pairs(budget: int, part: list[Passage]) -> list[str]:
         kept = [kept_pairs(model.layout, scorer, passage, budget) for passage in part]

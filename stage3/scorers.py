@@ -13,6 +13,7 @@ together, d LLM embedding width.
 
 import contextlib
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,11 +23,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from common import Reader
+from plumbing.launch import UserError
+from plumbing.processes import my_share, sum_over_processes
 from plumbing.training import micro_batches
 from stage3.cache import Layout, Passage, nll_behind, padded, whole
 
 STEPS, PASSAGES, LR = 1000, 4, 1e-3  # of the training; passages of a step; peak
-NOISE, SOFTNESS = 0.3, 0.05  # of gates, on a scale that is nearly the logarithm of a score
+SMALL = 0.01  # gates see the asinh of score / SMALL: the logarithm of a larger score, but linear around zero
+NOISE, SOFTNESS = 0.3, 0.05  # of gates, on that scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +91,7 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the scorers: a regression of attention, then the loss of answers; both want "eager" attention
+# the scorers: a regression of attention, then the loss of answers
 
 
 @contextlib.contextmanager
@@ -103,7 +107,7 @@ def eager(reader: Reader) -> Iterator[None]:
 
 @torch.no_grad()
 def fit_scorer(layout: Layout, passages: list[Passage]) -> Tensor:
-    """[6d+1,H]: a linear map for each head, by ridge regression.
+    """[6d+1,H]: a linear map for each head, by ridge regression. The LLM must attend "eager"ly.
 
     Its target is the most attention that the head pays a token while the LLM writes the answers to all questions about
     its passage.
@@ -126,31 +130,51 @@ def fit_scorer(layout: Layout, passages: list[Passage]) -> Tensor:
     return torch.linalg.solve(gram + 10 * torch.eye(len(gram), device=gram.device), moment)
 
 
-def gates(scores: Tensor, count: int) -> Tensor:
-    """[T,H] what opens or closes each head's gate to each token: almost 0, or very negative.
+def gates(scores: Tensor, count: int, drawn: random.Random) -> Tensor:
+    """[T,H]: what each gate adds to a logit, from the scores [T,H] of one context.
 
-    Open are those to the `count` largest scores [T,H] of each head, after the noise.
+    It is almost 0 for the `count` largest scores of a head, after the noise, and very negative for the others.
     """
-    chance = torch.rand_like(scores).clamp(1e-4, 1 - 1e-4)
-    scores = torch.asinh(scores / 0.01) + NOISE * chance.logit()  # asinh: a logarithm that takes negative numbers
-    ordered, last = scores.sort(0, descending=True).values, min(count, len(scores) - 1)
-    return F.logsigmoid((scores - ordered[last - 1 : last + 1].mean(0)) / SOFTNESS)
+    if count >= len(scores):
+        return 0 * scores
+    chance = torch.rand(scores.shape, generator=torch.Generator().manual_seed(drawn.getrandbits(62)))
+    noise = NOISE * chance.clamp(1e-4, 1 - 1e-4).logit()
+    scores = torch.asinh(scores / SMALL) + noise.to(scores.device)
+    edge = scores.sort(0, descending=True).values[max(count, 1) - 1 :][:2].mean(0)
+    return F.logsigmoid((scores - edge) / SOFTNESS)
 
 
 @contextlib.contextmanager
-def behind_gates(layout: Layout, opened: Tensor) -> Iterator[None]:
-    """Inside, the LLM, with "eager" attention, looks at its cache of T tokens through gates [B,T,H]."""
-    parts = opened.split(layout.layers, -1)
+def behind_gates(layout: Layout, gates: Tensor) -> Iterator[None]:
+    """Inside, the LLM looks at its cache of T tokens through gates [B,T,H]. It must attend "eager"ly.
 
-    def look(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        mask = kwargs["attention_mask"]  # [B, 1, tokens read, T + tokens read]
-        part = parts[module.layer_idx].transpose(1, 2)[:, :, None].to(mask)  # [B, H of the layer, 1, T]
-        part = part.repeat_interleave(module.config.num_attention_heads // part.shape[1], 1)
-        return args, kwargs | {"attention_mask": mask + F.pad(part, (0, mask.shape[-1] - part.shape[-1]))}
+    Raises UserError for an LLM whose attention is not found.
+    """
+    parts, config = gates.split(layout.layers, -1), layout.reader.model.config.get_text_config()
 
-    attentions = [m for m in layout.reader.model.modules() if "Attention" in type(m).__name__]
-    attentions = [m for m in attentions if getattr(m, "layer_idx", None) in range(len(parts))]
-    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in attentions]
+    def look(part: Tensor):
+        part = part.transpose(1, 2).repeat_interleave(config.num_attention_heads // part.shape[2], 1)[:, :, None]
+
+        def with_gates(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            mask = kwargs["attention_mask"]  # [B, 1, tokens read, T + tokens read]
+            if mask.dtype == torch.bool:
+                low = torch.finfo(part.dtype).min
+                mask = torch.zeros(mask.shape, dtype=part.dtype, device=mask.device).masked_fill(~mask, low)
+            added = F.pad(part, (0, mask.shape[-1] - part.shape[-1])).to(mask)
+            return args, kwargs | {"attention_mask": mask + added}
+
+        return with_gates
+
+    attentions = {}  # of each layer, the outermost module
+    for module in layout.reader.model.modules():
+        if "Attention" in type(module).__name__:
+            attentions.setdefault(getattr(module, "layer_idx", getattr(module, "layer_id", None)), module)
+    if not attentions.keys() >= set(range(len(parts))):
+        kind = type(layout.reader.model).__name__
+        raise UserError(f"--model {layout.reader.name}: scorers find no attention in the layers of a {kind}")
+    hooks = [
+        attentions[layer].register_forward_pre_hook(look(part), with_kwargs=True) for layer, part in enumerate(parts)
+    ]
     try:
         yield
     finally:
@@ -159,36 +183,46 @@ def behind_gates(layout: Layout, opened: Tensor) -> Iterator[None]:
 
 
 def learn_scorer(
-    layout: Layout, scorer: Tensor, passages_of: Callable[[int], list[Passage]], opened: Callable[[Tensor], Tensor],
-    steps: int,
+    layout: Layout, scorer: Tensor, passages_of: Callable[[int], list[Passage]],
+    gates_of: Callable[[Tensor, random.Random], Tensor], steps: int, seed: int, micro_batch_size: int = PASSAGES,
 ) -> Tensor:  # fmt: skip
-    """The scorer [6d+1,H], trained on the loss of answers, where each head sees the tokens that it may keep.
+    """The scorer [6d+1,H], trained on the loss of answers while each head looks through its gates.
 
-    passages_of: what a step learns from; opened: gates [T,H] from the scores [T,H] of one context.
+    The LLM must attend "eager"ly. passages_of: what a step learns from; gates_of: `gates` of one context's scores.
     """
-    with torch.no_grad():
-        size = torch.cat([seen(layout.reader, [passage])[0] @ scorer for passage in passages_of(0)]).std(0)  # [H]
+    with torch.no_grad():  # each head learns at the scale of its own scores
+        scores = [(seen(layout.reader, [passage])[0] @ scorer)[passage.opening :] for passage in passages_of(0)]
+        size = torch.cat(scores).std(0)  # [H]
     learned = torch.zeros_like(scorer, requires_grad=True)
     optimizer = torch.optim.Adam([learned], betas=(0.9, 0.98))
+
+    def nll_of(passages: list[Passage], drawn: list[random.Random]) -> Tensor:
+        with torch.no_grad():
+            states, memory = seen(layout.reader, passages), whole(layout, passages)
+        parts = []
+        for passage, part, chance in zip(passages, states, drawn, strict=True):
+            scores = part[passage.opening : len(passage.ids)] @ (scorer + learned * size)
+            parts.append(F.pad(gates_of(scores, chance), (0, 0, passage.opening, 0)))  # the opening stays
+        of = [i for i, passage in enumerate(passages) for _ in passage.tails]
+        with behind_gates(layout, pad_sequence(parts, batch_first=True, padding_side="left")[of]):
+            return nll_behind(layout, memory, passages)
+
     for step in range(steps):
         # warm-up over 2% of the steps, then linearly to zero
         warmth = min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
         optimizer.param_groups[0]["lr"] = LR * warmth
-        passages = passages_of(step)
-        with torch.no_grad():
-            states, memory = seen(layout.reader, passages), whole(layout, passages)
-        parts = []
-        for passage, part in zip(passages, states, strict=True):
-            scores = part[passage.opening : len(passage.ids)] @ (scorer + learned * size)
-            parts.append(F.pad(opened(scores), (0, 0, passage.opening, 0)))  # the opening stays
-        of = [i for i, passage in enumerate(passages) for _ in passage.tails]
-        with behind_gates(layout, pad_sequence(parts, batch_first=True, padding_side="left")[of]):
-            nll = nll_behind(layout, memory, passages)
-        ce = nll / sum(len(answer) for passage in passages for answer in passage.answers)
-        ce.backward()
-        if ce.isfinite():
+        passages, loss = passages_of(step), 0.0
+        drawn = [random.Random(f"{seed}-{step}-{i}") for i in range(len(passages))]
+        targets = sum(len(answer) for passage in passages for answer in passage.answers)
+        parts = zip(*(micro_batches(items, micro_batch_size) for items in (passages, drawn)), strict=True)
+        for part, chances in my_share(list(parts)):
+            ce = nll_of(part, chances) / targets
+            ce.backward()
+            loss += ce.item()
+        (loss,) = sum_over_processes([learned], [loss])
+        if math.isfinite(loss) and learned.grad.isfinite().all():
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 100 == 0:
-            print(f"scorers: step {step + 1}/{steps}  ce {ce:.4g}", flush=True)
+            print(f"scorers: step {step + 1}/{steps}  ce {loss:.4g}", flush=True)
     return (scorer + learned * size).detach()

@@ -372,13 +372,14 @@ def main() -> None:
             found = data.train_passages(args.seed, known + step * scorers.PASSAGES, scorers.PASSAGES, QUESTIONS)
             return [Passage(reader, rows) for rows in found]
 
-        def opened(scores: Tensor) -> Tensor:
-            return scorers.gates(scores, math.ceil(len(scores) / draw_rate(drawn)))
+        def gates_of(scores: Tensor, drawn: random.Random) -> Tensor:
+            return scorers.gates(scores, math.ceil(len(scores) / draw_rate(drawn)), drawn)
 
-        steps, drawn = 10 if args.smoke else scorers.STEPS, random.Random(args.seed)
+        steps, size = 10 if args.smoke else scorers.STEPS, args.micro_batch_size
         with scorers.eager(reader):
-            fitted = scorers.fit_scorer(start.layout, passages)
-            start.scorer.copy_(scorers.learn_scorer(start.layout, fitted, passages_of, opened, steps))
+            scorer = scorers.fit_scorer(start.layout, passages)
+            scorer = scorers.learn_scorer(start.layout, scorer, passages_of, gates_of, steps, args.seed, size)
+        start.scorer.copy_(scorer)
     print("PCA", flush=True)
     explained = fit_latents(before, passages, random.Random(args.seed))
     if not saved:

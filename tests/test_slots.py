@@ -125,19 +125,20 @@ def test_each_head_has_its_own_gates(eager):
 
 
 def test_gates_are_open_for_the_largest_scores(monkeypatch):
-    monkeypatch.setattr(scorers, "NOISE", 0.0)
+    def opened(count: int) -> torch.Tensor:
+        return scorers.gates(scores, count, random.Random(0)) > math.log(0.5)
+
     scores = (0.1 * torch.randn(40, 3, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    gates = scorers.gates(scores, 9)
-    opened = torch.zeros(40, 3, dtype=torch.bool).scatter(0, scorers.best(scores, 9), True)
-    assert torch.equal(gates > math.log(0.5), opened) and torch.equal(
-        scorers.gates(scores, 40), scorers.gates(scores, 39)
-    )
-    gates[~opened].sum().backward()
-    pushes = (scores.grad * (scores.square() + 1e-4).sqrt()).detach()  # on the scale of asinh
+    largest = torch.zeros(40, 3, dtype=torch.bool).scatter(0, scorers.best(scores, 9), True)
+    assert opened(9).sum(0).tolist() == [9, 9, 9] and not torch.equal(opened(9), largest)  # with noise
+    monkeypatch.setattr(scorers, "NOISE", 0.0)
+    gates = scorers.gates(scores, 9, random.Random(0))
+    assert torch.equal(opened(9), largest) and opened(39).sum() == 3 * 39 and opened(40).all()
+    gates[~largest].sum().backward()
+    pushes = (scores.grad * (scores.square() + scorers.SMALL**2).sqrt()).detach()  # on the scale of asinh
     assert pushes.sum(0).abs().max() < 1e-3 * pushes.abs().max()  # tokens compete: nothing is won if all scores rise
-    monkeypatch.setattr(scorers, "NOISE", 0.3)
-    assert (scorers.gates(scores, 9) > math.log(0.5)).sum(0).tolist() == [9, 9, 9]
-    assert not torch.equal(scorers.gates(scores, 9) > math.log(0.5), opened)
+    scores = torch.zeros(1, 3)
+    assert opened(1).all() and opened(0).sum() == 0
 
 
 def test_keys_are_the_same_wherever_their_token_stands(reader):
@@ -260,16 +261,17 @@ def test_scorers_learn_from_the_loss(tiny, monkeypatch):
         with torch.no_grad():
             return nll_behind(layout, wire.selected(passages), passages).item()
 
-    def learned(scorer: torch.Tensor, factor: float, steps: int) -> torch.Tensor:
-        def opened(scores: torch.Tensor) -> torch.Tensor:
-            return factor * scorers.gates(scores, len(scores) // 3)
+    def learned(scorer: torch.Tensor, factor: float, steps: int, size: int = 8) -> torch.Tensor:
+        def gates_of(scores: torch.Tensor, drawn: random.Random) -> torch.Tensor:
+            return factor * scorers.gates(scores, len(scores) // 3, drawn)
 
-        return scorers.learn_scorer(layout, scorer, lambda step: passages, opened, steps)
+        return scorers.learn_scorer(layout, scorer, lambda step: passages, gates_of, steps, 0, size)
 
     with scorers.eager(tiny):
         fitted = scorers.fit_scorer(layout, passages)
         assert loss(learned(fitted, 1.0, 20)) < 0.8 * loss(fitted)
         assert torch.equal(learned(fitted, float("nan"), 1), fitted)  # a step with a NaN loss is skipped
+        torch.testing.assert_close(learned(fitted, 1.0, 1, 2), learned(fitted, 1.0, 1), rtol=1e-3, atol=1e-5)
 
 
 def test_heads_with_their_own_tokens_are_dense_attention_with_other_hidden_keys(tmp_path):
