@@ -187,7 +187,7 @@ def measure_slots(wire, start, data: Data, batch_size: int, rates: tuple[float, 
     # only the context travels: another passage's message, with this question
     swapped = through(wire, messages[1:] + messages[:1]) if len(rows) > 1 else []
     metrics["shuffled_f1"] = score(swapped, rows)[0] if swapped else None
-    print("  controls: nothing trained, and other numbers of slots", flush=True)
+    print("  controls: scorers alone, scorers and PCA, other numbers of slots", flush=True)
     selected = answers_to(layout, passages, passages, start.selected, batch_size)
     controls = {
         "slots": sum(counts) / len(counts),

@@ -64,7 +64,7 @@ CONFIG = dict(
 FIXED_BY_WIRE = ("model", "data")  # --eval-only reads these from the wire
 WIRE = Contents({"embedding_width": COUNT}, {"slots.*": MODULE})  # what is saved
 BETAS = (0.9, 0.98)
-FITTED_RATE = 0.05  # times the learning rate: what starts at the PCA should not leave it at once
+SLOW_RATE = 0.05  # times the learning rate: what starts at the PCA should not leave it at once
 LATENTS, LATENT_WIDTH = 32, 256  # stage 0's
 RANK = 64  # of the update of each matrix
 RATES = 1.0, 5.0  # tokens of a context for each slot, drawn anew for each passage of the training
@@ -361,10 +361,15 @@ def main() -> None:
     slots, start = Slots(reader).to(device), Slots(reader).to(device)
     count, known = how_many(args), 10 if args.smoke else KNOWN
     wire, before = Wire(slots, count), Wire(start, count)
+    slow = [*slots.encoder.parameters(), *slots.adapter.parameters(), slots.stays]
+    groups = [{"params": [*slots.update.parameters()], "rate": 1.0}, {"params": slow, "rate": SLOW_RATE}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, weight_decay=0.0)
+    run = Run(args, out, {"slots": slots}, optimizer, must_match(args, reader.fingerprint))
     passages = [Passage(reader, rows) for rows in data.train_passages(args.seed, 0, known, ALL)]
     if saved:
         restore_slots(slots, saved)
-        start.scorer.copy_(slots.scorer)  # it does not learn
+    if saved or args.resume:
+        start.scorer.copy_(slots.scorer)  # it does not learn any more
     else:
         print("scorers", flush=True)
 
@@ -382,16 +387,12 @@ def main() -> None:
         start.scorer.copy_(scorer)
     print("PCA", flush=True)
     explained = fit_latents(before, passages, random.Random(args.seed))
-    if not saved:
+    if not saved and not args.resume:
         slots.load_state_dict(start.state_dict())
     print(f"{sum(p.numel() for p in slots.parameters()):,} trained parameters; rows of {slots.layout.n} numbers")
 
     # -----------------------------------------------------------------------------------------------------------------
     # training
-    fitted = [*slots.encoder.parameters(), *slots.adapter.parameters(), slots.stays]
-    groups = [{"params": [*slots.update.parameters()], "rate": 1.0}, {"params": fitted, "rate": FITTED_RATE}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, weight_decay=0.0)
-    run = Run(args, out, {"slots": slots}, optimizer, must_match(args, reader.fingerprint))
     for step in run.steps():  # resumes where it stopped; after the body: log, checkpoint, stop if told to
         # warm-up over 2% of the steps, then linearly to zero
         warmth = min(1.0, (step + 1) / (0.02 * args.steps), (args.steps - step) / (0.98 * args.steps))
