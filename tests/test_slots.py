@@ -8,8 +8,9 @@ import struct
 
 import pytest
 import torch
+import transformers
 from conftest import CPU, HERE, QUICK, run_stage, save_random_llm, succeed
-from test_models import ARCHITECTURES, MORE, TEMPLATE, families
+from test_models import ARCHITECTURES, MORE, TEMPLATE, V, families
 
 import stage3_full as stage3
 from common import PROMPT, generate, load_reader, make_prompt
@@ -27,8 +28,20 @@ REFUSED = {
     "qwen3-next": "keeps a LinearAttentionLayer of its context",
     "falcon, alibi": "attends by distance",
 }
-FAMILIES = ARCHITECTURES | {name: config for name, config in MORE.items() if name not in REFUSED}
-NO_ROPE = ("gpt2", "opt", "opt-350m", "gpt-j", "deepseek-v3")  # none, or one of another form: keys stay as they lie
+OLDER = {  # their attentions differ: a mask of bools, no config, another name for the layer
+    "falcon": lambda: transformers.FalconConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=False
+    ),
+    "codegen": lambda: transformers.CodeGenConfig(
+        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=256, rotary_dim=4
+    ),
+    "gpt-neo": lambda: transformers.GPTNeoConfig(
+        vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=256,
+    ),
+}  # fmt: skip
+FAMILIES = ARCHITECTURES | OLDER | {name: config for name, config in MORE.items() if name not in REFUSED}
+NO_ROPE = ("gpt2", "gpt-neo", "opt", "opt-350m", "gpt-j", "codegen", "deepseek-v3")  # none, or one of another form: keys stay as they lie
 DENSE = ("llama", "qwen3", "gemma2", "phi", "gpt-neox", "gpt2")  # take a mask for each pair of tokens
 
 
