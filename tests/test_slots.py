@@ -41,7 +41,15 @@ OLDER = {  # their attentions differ: a mask of bools, no config, another name f
     ),
 }  # fmt: skip
 FAMILIES = ARCHITECTURES | OLDER | {name: config for name, config in MORE.items() if name not in REFUSED}
-NO_ROPE = ("gpt2", "gpt-neo", "opt", "opt-350m", "gpt-j", "codegen", "deepseek-v3")  # none, or one of another form: keys stay as they lie
+NO_ROPE = (
+    "gpt2",
+    "gpt-neo",
+    "opt",
+    "opt-350m",
+    "gpt-j",
+    "codegen",
+    "deepseek-v3",
+)  # none, or one of another form: keys stay as they lie
 DENSE = ("llama", "qwen3", "gemma2", "phi", "gpt-neox", "gpt2")  # take a mask for each pair of tokens
 
 
