@@ -402,7 +402,7 @@ def stage3_harder() -> list[str]:
 
 
 def slots_rates() -> list[str]:
-    """F1 from slots beside what needs no training, and at other rates."""
+    """F1 from slots beside scorers alone and scorers with the PCA, and at other rates."""
     columns = READER | F1 | RETENTION | {"before training": "{score[start_f1]}", "selection": "{score[selection_f1]}"}
     columns |= {"text, cut": "{score[truncated_f1]}"} | CONTROLS | POSITIONS
     runs = [run | {f"F1 at rate {rate}": f1 for rate, f1 in run["rates"].items()} for run in SLOTS]

@@ -7,7 +7,7 @@
   together. The scorer is trained for that, as that of slots is for theirs. Heads keep different numbers of tokens, so
   this saves numbers, not positions.
 - bits: the keys and values of all tokens, with 8 or 4 bits a number.
-- PCA: latents of other widths before any training, and slots whose numbers all stay.
+- PCA: latents of other widths before the update learns, and slots whose numbers all stay.
 - crammed: latents that are optimised for one passage alone, through the shipped adapter, on some wordings of its
   questions. The answers are to other wordings of the same questions.
 """
