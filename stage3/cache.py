@@ -150,6 +150,11 @@ class Layout:
         output = self.reader.model(**inputs, attention_mask=real, past_key_values=hub.DynamicCache(), logits_to_keep=1)
         return self.rows(output.past_key_values, torch.arange(real.shape[1], device=real.device).expand_as(real))
 
+    def contexts(self, passages: list[Passage]) -> Tensor:
+        """[B,T,n] of contexts, read by the LLM as it is."""
+        ids, real = padded([passage.ids for passage in passages], self.reader.device)
+        return self.read(real, input_ids=ids)
+
     def cache(self, memory: Memory, of: list[int] | None = None):
         """A cache of transformers with these rows, from which the frozen LLM reads on. Differentiable.
 
@@ -181,8 +186,7 @@ def stacked(openings: list[Tensor], rows: list[Tensor], at: list[Tensor], length
 
 def whole(layout: Layout, passages: list[Passage]) -> Memory:
     """Memory of contexts with the rows of all their tokens."""
-    ids, real = padded([passage.ids for passage in passages], layout.reader.device)
-    pairs = zip(layout.read(real, input_ids=ids), passages, strict=True)
+    pairs = zip(layout.contexts(passages), passages, strict=True)
     rows = [row[: len(passage.ids)] for row, passage in pairs]
     at, nothing = [torch.arange(len(row), device=row.device) for row in rows], [row[:0] for row in rows]
     return stacked(nothing, rows, at, [len(row) for row in rows])

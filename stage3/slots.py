@@ -151,11 +151,6 @@ class Slots(nn.Module):
         self.register_buffer("scale", torch.ones(n))  # of each number of a row: the larger, the less it matters
         self.register_buffer("scorer", torch.zeros(6 * d + 1, self.layout.heads))
 
-    def rows(self, passages: list[Passage]) -> Tensor:
-        """[B,T,n] of contexts, read by the LLM as it is."""
-        ids, real = padded([passage.ids for passage in passages], self.reader.device)
-        return self.layout.read(real, input_ids=ids)
-
     def choose(self, passages: list[Passage], counts: list[int]) -> list[scorers.Choice]:
         """The `counts` slots of each context."""
         return scorers.choose(self.reader, self.scorer, passages, counts)
@@ -189,7 +184,7 @@ def fit_latents(wire: "Wire", passages: list[Passage], drawn: random.Random) -> 
     for passage in passages:
         chosen = slots.choose([passage], draw_counts(drawn, [passage]))
         with torch.no_grad():
-            rows = chosen[0].rows(slots.rows([passage])[0], slots.layout.owners)
+            rows = chosen[0].rows(slots.layout.contexts([passage])[0], slots.layout.owners)
         rows.requires_grad_()
         memory = wire.behind_openings([passage], chosen, [rows])
         nll_behind(slots.layout, memory, [passage]).backward()
@@ -261,7 +256,7 @@ class Wire:
     def selected(self, passages: list[Passage]) -> Memory:
         """Nothing is learned but the choice: the tokens that stay, as the frozen LLM keeps them."""
         chosen = self.slots.choose(passages, [self.count(passage) for passage in passages])
-        owners, pairs = self.slots.layout.owners, zip(self.slots.rows(passages), chosen, strict=True)
+        owners, pairs = self.slots.layout.owners, zip(self.slots.layout.contexts(passages), chosen, strict=True)
         kept = [choice.rows(row, owners) for row, choice in pairs]
         return self.behind_openings(passages, chosen, kept)
 

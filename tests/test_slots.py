@@ -263,7 +263,7 @@ def test_each_head_keeps_what_it_wants(tiny):
             assert token == slot or slot not in wanted  # what it wants of the slots' own tokens stays in its slot
             differ += token != slot
     assert differ > layout.heads  # else heads would agree, and nothing was tested
-    rows = wire.slots.rows([passage])[0]
+    rows = layout.contexts([passage])[0]
     kept = choice.rows(rows, layout.owners)
     heads, width = layout.shapes[0]  # of every layer of this LLM
     for number in range(0, layout.n, 7):
