@@ -25,10 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 from common import Reader
 from plumbing.launch import UserError
 from plumbing.processes import my_share, sum_over_processes
-from plumbing.training import micro_batches
+from plumbing.training import Run, micro_batches
 from stage3.cache import Layout, Passage, nll_behind, padded, whole
 
-STEPS, PASSAGES, LR = 1000, 4, 1e-3  # of the training; passages of a step; peak
+STEPS, PASSAGES, LR = 3000, 4, 1e-3  # of the training; passages of a step; peak
 SMALL = 0.01  # gates see the asinh of score / SMALL: the logarithm of a larger score, but linear around zero
 NOISE, SOFTNESS = 0.3, 0.05  # of gates, on that scale
 
@@ -145,12 +145,12 @@ def gates(scores: Tensor, count: int, drawn: random.Random) -> Tensor:
 
 
 @contextlib.contextmanager
-def behind_gates(layout: Layout, gates: Tensor) -> Iterator[None]:
-    """Inside, the LLM looks at its cache of T tokens through gates [B,T,H]. It must attend "eager"ly.
+def behind_gates(layout: Layout, opened: Tensor) -> Iterator[None]:
+    """Inside, the LLM looks at its cache of T tokens through `opened` gates [B,T,H]. It must attend "eager"ly.
 
     Raises UserError for an LLM whose attention is not found.
     """
-    parts, config = gates.split(layout.layers, -1), layout.reader.model.config.get_text_config()
+    parts, config = opened.split(layout.layers, -1), layout.reader.model.config.get_text_config()
 
     def look(part: Tensor):
         part = part.transpose(1, 2).repeat_interleave(config.num_attention_heads // part.shape[2], 1)[:, :, None]
@@ -189,12 +189,13 @@ def learn_scorer(
     """The scorer [6d+1,H], trained on the loss of answers while each head looks through its gates.
 
     The LLM must attend "eager"ly. passages_of: what a step learns from; gates_of: `gates` of one context's scores.
+    Raises UserError if loss or gradient is not a number for Run.TOO_MANY steps in a row; fewer of these are skipped.
     """
     with torch.no_grad():  # each head learns at the scale of its own scores
         scores = [(seen(layout.reader, [passage])[0] @ scorer)[passage.opening :] for passage in passages_of(0)]
         size = torch.cat(scores).std(0)  # [H]
     learned = torch.zeros_like(scorer, requires_grad=True)
-    optimizer = torch.optim.Adam([learned], betas=(0.9, 0.98))
+    optimizer, skipped = torch.optim.Adam([learned], betas=(0.9, 0.98)), 0
 
     def nll_of(passages: list[Passage], drawn: list[random.Random]) -> Tensor:
         with torch.no_grad():
@@ -220,8 +221,11 @@ def learn_scorer(
             ce.backward()
             loss += ce.item()
         (loss,) = sum_over_processes([learned], [loss])
-        if math.isfinite(loss) and learned.grad.isfinite().all():
+        skipped = 0 if math.isfinite(loss) and learned.grad.isfinite().all() else skipped + 1
+        if not skipped:
             optimizer.step()
+        if skipped == Run.TOO_MANY:
+            raise UserError(f"scorers: loss or gradient is not a number for {skipped} steps up to {step + 1}: stopped")
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 100 == 0:
             print(f"scorers: step {step + 1}/{steps}  ce {loss:.4g}", flush=True)

@@ -57,7 +57,7 @@ STAGE = "slots"  # of the wire; it is started as stage3_full.py --receiver slots
 CONFIG = dict(
     model="tiny",  # an alias, hub id or directory; tiny is embedded and needs no download
     data="tiny",  # questions about invented passages; or squad, or a file
-    steps=3000,  # an hour on one core, after ten minutes for the scorers
+    steps=3000,  # an hour on one core, after twenty minutes for the scorers
     batch_size=8,  # passages a step
     lr=2e-3,  # peak
 )

@@ -291,7 +291,9 @@ def test_scorers_learn_from_the_loss(tiny, monkeypatch):
     with scorers.eager(tiny):
         fitted = scorers.fit_scorer(layout, passages)
         assert loss(learned(fitted, 1.0, 20)) < 0.8 * loss(fitted)
-        assert torch.equal(learned(fitted, float("nan"), 1), fitted)  # a step with a NaN loss is skipped
+        assert torch.equal(learned(fitted, float("nan"), 4), fitted)  # steps with a NaN loss are skipped
+        with pytest.raises(UserError, match="for 5 steps up to 5: stopped"):
+            learned(fitted, float("nan"), 5)
         torch.testing.assert_close(learned(fitted, 1.0, 1, 2), learned(fitted, 1.0, 1), rtol=1e-3, atol=1e-5)
 
 
