@@ -231,7 +231,7 @@ def measure(name: str, examples: int, passages: int) -> dict:
     pairs = [[Passage(reader, part) for part in both] for both in worded]
     to_answer = [row for _, part in worded for row in part]
     ways = {"text": read_whole, "32 latents": functools.partial(cram, rate=None)}
-    ways |= {f"{rate} tokens a latent": functools.partial(cram, rate=rate) for rate in (4, 8)}
+    ways |= {f"{rate} tokens a latent": functools.partial(cram, rate=rate) for rate in (2, 4, 8)}
     for what, way in ways.items():
         answers = []
         for part in micro_batches(pairs, 10):

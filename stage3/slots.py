@@ -375,7 +375,7 @@ def main() -> None:
         def gates_of(scores: Tensor, drawn: random.Random) -> Tensor:
             return scorers.gates(scores, math.ceil(len(scores) / draw_rate(drawn)), drawn)
 
-        steps, size = 10 if args.smoke else scorers.STEPS, args.micro_batch_size
+        steps, size = 4 if args.smoke else scorers.STEPS, args.micro_batch_size
         with scorers.eager(reader):
             scorer = scorers.fit_scorer(start.layout, passages)
             scorer = scorers.learn_scorer(start.layout, scorer, passages_of, gates_of, steps, args.seed, size)

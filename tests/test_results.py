@@ -15,7 +15,7 @@ from common import load_reader, make_batch
 from kernels.bench import collect
 from results import run_ceilings, run_costs
 from results.run_readers import attending, hiding
-from stage3 import slots
+from stage3 import scorers, slots
 from stage3.cache import Passage, answers_behind, nll_behind
 from tiny import world
 
@@ -216,8 +216,10 @@ def test_costs_of_slots_are_those_by_hand(random_llm):
     assert times.keys() == ways.keys() and times["slots"]["once_seconds"] > times["text"]["once_seconds"]
 
 
-def test_ceilings():
+def test_ceilings(monkeypatch):
     """All pairs, or 16 bits, answer as the text does; no pairs do not. Crammed latents learn what they are taught."""
+    monkeypatch.setattr(scorers, "STEPS", 5)
+    monkeypatch.setattr(slots, "KNOWN", 20)
     tiny = load_reader("tiny", CPU, torch.float32)
     wire = slots.Wire(slots.Slots(tiny).requires_grad_(False), lambda _: slots.LATENTS)
     passages = [Passage(tiny, [row]) for row in world.make_examples("test", 4)]
