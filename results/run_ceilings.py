@@ -1,6 +1,6 @@
 """What a frozen LLM could read of a context, whatever encodes it, as JSON in results/ceilings/.
 
-    python results/run_ceilings.py                    # both readers, two hours on one core
+    python results/run_ceilings.py                    # both readers, several hours on one core
     python results/make.py                            # the table in results/README.md
 
 - pairs: the keys and values of some pairs of a head and a token, those with the largest scores in all layers and heads

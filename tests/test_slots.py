@@ -450,21 +450,11 @@ def test_the_shipped_slots_answer_from_one_message(model, sender, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ("tiny", "tiny-qwen"))
-def test_the_shipped_slots_keep_more_than_scorers_and_pca_alone(model, tmp_path):
-    on = ("--receiver", "slots", "--eval-only", stage3.SHIPPED, "--model", model, "--eval-examples", "100")
+@pytest.mark.parametrize("model,examples", (("tiny", "1000"), ("tiny-qwen", "100")))  # tiny's scorers alone are close
+def test_the_shipped_slots_keep_more_than_scorers_and_pca_alone(model, examples, tmp_path):
+    on = ("--receiver", "slots", "--eval-only", stage3.SHIPPED, "--model", model, "--eval-examples", examples)
     result = succeed(stage3, *on, "--out", tmp_path).result
     controls = json.loads((tmp_path / "config.json").read_text())["controls"]
-    assert result["f1"] > max(result["truncated_f1"], controls["start_f1"]) + 3
-    assert controls["rates"]["1"] > 0.9 * result["text_f1"]
-    # the F1 of scorers alone is close: it takes the 1,000 passages of the row, or the loss of these 100
-    row = json.loads((HERE / "results" / "slots" / f"{model}-seed0.json").read_text())
-    assert row["metrics"]["f1"] > row["controls"]["selection_f1"] + 3
-    reader = load_reader(model, CPU, torch.float32)
-    wire = slots.Wire(slots.Slots(reader), lambda _: slots.LATENTS)
-    slots.restore_slots(wire.slots, slots.load_slots(stage3.SHIPPED, model))
-    passages = [Passage(reader, [row]) for row in world.make_examples("test", 100)]
-    with torch.no_grad():
-        selected = nll_behind(wire.slots.layout, wire.selected(passages), passages).item()
-    assert result["nll_wire"] < 0.9 * selected / sum(len(passage.answers[0]) for passage in passages)
+    start = max(result["truncated_f1"], controls["selection_f1"], controls["start_f1"])
+    assert result["f1"] > start + 3 and controls["rates"]["1"] > 0.9 * result["text_f1"]
     assert result["shuffled_f1"] < 10 and result["positions"] < 0.6 * result["text_positions"]
